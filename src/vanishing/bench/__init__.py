@@ -1,0 +1,1 @@
+"""The matched-budget benchmark: tasks, arms, training, statistics and the report."""

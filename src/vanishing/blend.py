@@ -1,0 +1,200 @@
+"""Where original and compressed form meet: in a layer's weight, or in a block's outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from vanishing.compressors.base import Beta, CompressedWeight
+from vanishing.errors import TransitionError
+
+
+class Blend(nn.Module):
+    """Holds beta for one layer or block: a float for eager mode and a tensor, beside it, for compiled graphs.
+
+    A compiled graph reads the tensor, so that it is not compiled anew while beta moves, and `fading`, which changes
+    once in a transition.
+    """
+
+    beta_tensor: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = 1.0
+        self.fading = True
+        self.register_buffer("beta_tensor", torch.ones(()), persistent=False)
+
+    def set_beta(self, beta: float) -> None:
+        """Set the original's share, in [0, 1]."""
+        if beta != self.beta:
+            self.beta = beta
+            self.fading = beta > 0.0
+            self.beta_tensor.fill_(beta)
+
+    def current_beta(self) -> Beta:
+        """Return beta as a tensor while a graph is being compiled, else as a float."""
+        return self.beta_tensor if torch.compiler.is_compiling() else self.beta
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        # model.half() must not round beta; its device follows the model.
+        self.beta_tensor = torch.full((), self.beta, dtype=torch.float32, device=self.beta_tensor.device)
+        return self
+
+
+class BlendedWeight(Blend):
+    """The parametrization of one weight: `beta W + (1 - beta) g(W)` (arXiv 2510.09696, equation 1, in weight space).
+
+    Args:
+        form: the compressed form.
+    """
+
+    def __init__(self, form: CompressedWeight) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight that the layer uses: the original itself at beta = 1."""
+        if not self.fading:
+            return self.form.compress(weight)
+        beta = self.current_beta()
+        if isinstance(beta, float) and beta == 1.0:
+            return weight
+        return self.form.blend(weight, beta)
+
+
+def install_blended_weight(module: nn.Module, name: str, blend: BlendedWeight) -> None:
+    """Register a blend on a layer's weight; the layer keeps its class, its `.weight` and its hooks.
+
+    A layer that two smaller ones will replace runs those as soon as the original is gone (beta = 0).
+    """
+    parametrize.register_parametrization(module, name, blend, unsafe=True)
+    factored = blend.form.factored
+    if factored is None:
+        return
+    blended_type: Any = type(module)
+    base_forward = blended_type.__mro__[1].forward
+
+    def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
+        current: Any = self.parametrizations[name][0]  # type: ignore[index,union-attr]
+        if current.fading:
+            output: Tensor = base_forward(self, *arguments, **keywords)
+            return output
+        replaced: Tensor = current.form.factored(*arguments, **keywords)
+        return replaced
+
+    blended_type.forward = forward
+
+
+def remove_blended_weight(module: nn.Module, name: str, order: tuple[str, ...]) -> None:
+    """Give a layer its latent weight back as a plain parameter, in the place among its parameters that it had."""
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    for parameter in order:
+        # Reinserting in the old order keeps `parameters()` as an optimizer or a checkpoint knew it.
+        if parameter in module._parameters:
+            module._parameters[parameter] = module._parameters.pop(parameter)
+
+
+def blended_weights(module: nn.Module) -> Iterator[tuple[str, BlendedWeight]]:
+    """Yield name and blend of every weight of one module that is in transition."""
+    if not parametrize.is_parametrized(module):
+        return
+    for name, parametrizations in module.parametrizations.items():  # type: ignore[operator,union-attr]
+        if isinstance(parametrizations[0], BlendedWeight):
+            yield name, parametrizations[0]
+
+
+class BlendedBlock(Blend):
+    """Original and replacement of a block, blended on their outputs (arXiv 2510.09696, equation 1).
+
+    At beta = 1 only the original runs and at beta = 0 only the replacement. Attributes that it does not have are
+    those of the original.
+
+    Args:
+        original: f.
+        replacement: g, with the same inputs and outputs.
+    """
+
+    def __init__(self, original: nn.Module, replacement: nn.Module) -> None:
+        super().__init__()
+        self.original = original
+        self.replacement = replacement
+        self.train(original.training)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """Return `beta f(...) + (1 - beta) g(...)` for every floating tensor of the outputs."""
+        if not self.fading:
+            return self.replacement(*arguments, **keywords)
+        beta = self.current_beta()
+        original = self.original(*arguments, **keywords)
+        if isinstance(beta, float) and beta == 1.0:
+            return original
+        return blend_outputs(original, self.replacement(*arguments, **keywords), beta)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original":
+                raise
+            return getattr(self.original, name)
+
+    def __len__(self) -> int:
+        return len(self.original)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.original)  # type: ignore[call-overload,no-any-return]
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.original[key]  # type: ignore[index]
+
+
+def blend_outputs(original: Any, replacement: Any, beta: Beta, path: str = "output") -> Any:
+    """Return `beta * original + (1 - beta) * replacement` through tuples, lists, mappings and dataclasses.
+
+    Floating tensors are blended in the original's type; everything else is taken from the replacement.
+
+    Raises:
+        TransitionError: the two differ in structure or in the shape of a tensor.
+    """
+    if isinstance(original, Tensor) and isinstance(replacement, Tensor):
+        return _blend_tensors(original, replacement, beta, path)
+    if isinstance(original, Mapping) and isinstance(replacement, Mapping):
+        if set(original) != set(replacement):
+            raise _mismatch(path, f"keys {sorted(original)}", f"keys {sorted(replacement)}")
+        items = {k: blend_outputs(original[k], replacement[k], beta, f"{path}[{k!r}]") for k in original}
+        # transformers' outputs are ordered mappings that are also dataclasses, and are made from keywords.
+        return type(original)(**items) if dataclasses.is_dataclass(original) else type(original)(items)  # type: ignore[call-arg]
+    if isinstance(original, (tuple, list)) and isinstance(replacement, (tuple, list)):
+        if len(original) != len(replacement):
+            raise _mismatch(path, f"{len(original)} items", f"{len(replacement)} items")
+        pairs = enumerate(zip(original, replacement, strict=True))
+        sequence = [blend_outputs(a, b, beta, f"{path}[{i}]") for i, (a, b) in pairs]
+        return type(original)(*sequence) if hasattr(original, "_fields") else type(original)(sequence)
+    if dataclasses.is_dataclass(original) and type(original) is type(replacement):
+        names = [f.name for f in dataclasses.fields(original)]
+        values = {n: blend_outputs(getattr(original, n), getattr(replacement, n), beta, f"{path}.{n}") for n in names}
+        return dataclasses.replace(original, **values)  # type: ignore[type-var]
+    if isinstance(original, Tensor) or isinstance(replacement, Tensor):
+        raise _mismatch(path, type(original).__name__, type(replacement).__name__)
+    return replacement
+
+
+def _blend_tensors(original: Tensor, replacement: Tensor, beta: Beta, path: str) -> Tensor:
+    if original.shape != replacement.shape:
+        raise _mismatch(path, f"shape {tuple(original.shape)}", f"shape {tuple(replacement.shape)}")
+    if not original.is_floating_point():
+        return replacement
+    return torch.lerp(replacement.to(original.dtype), original, beta)
+
+
+def _mismatch(path: str, expected: str, got: str) -> TransitionError:
+    return TransitionError(
+        f"the replacement of a block must return what the block returns: at {path} the original gives {expected}, "
+        f"the replacement {got}. Change the factory of the replacement."
+    )

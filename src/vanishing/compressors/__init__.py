@@ -1,0 +1,39 @@
+"""The techniques, one a file."""
+
+from vanishing.compressors.base import (
+    BlockCompressor,
+    CompressedWeight,
+    Compressor,
+    Gradient,
+    LayerView,
+    Moment,
+    ProjectedWeight,
+    ProjectionCompressor,
+    WeightCompressor,
+)
+from vanishing.compressors.binary import Binary
+from vanishing.compressors.chain import Chain
+from vanishing.compressors.low_rank import LowRank
+from vanishing.compressors.magnitude_pruning import MagnitudePruning
+from vanishing.compressors.quantization import Quantization
+from vanishing.compressors.replace import Replace
+from vanishing.compressors.ternary import Ternary
+
+__all__ = [
+    "Binary",
+    "BlockCompressor",
+    "Chain",
+    "CompressedWeight",
+    "Compressor",
+    "Gradient",
+    "LayerView",
+    "LowRank",
+    "MagnitudePruning",
+    "Moment",
+    "ProjectedWeight",
+    "ProjectionCompressor",
+    "Quantization",
+    "Replace",
+    "Ternary",
+    "WeightCompressor",
+]

@@ -1,0 +1,138 @@
+"""Magnitude pruning: the smallest weights become zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, ClassVar, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vanishing.compressors.base import CompressedWeight, Gradient, LayerView, Moment, ProjectedWeight, WeightCompressor
+from vanishing.compressors.selection import keep_largest
+from vanishing.errors import ConfigError
+from vanishing.granularity import NM, Global, PerChannel, PerTensor
+from vanishing.receipt import Grid
+
+
+@dataclass(frozen=True)
+class MagnitudePruning(WeightCompressor):
+    """Keep the weights of largest magnitude and set the rest to zero (Han et al., arXiv 1506.02626).
+
+    The share of zeros that comes out is exact to one weight in each tensor, row or group, whatever the ties.
+
+    Args:
+        sparsity: share of weights that become zero, in [0, 1]; omitted with `NM`, which implies it.
+        granularity: what competes with what: `PerTensor()` (a layer), `PerChannel()` (an output channel), `Global()`
+            (all layers that the rule matches) or `NM(n, m)`.
+        gradient: `Gradient.STRAIGHT_THROUGH`, by which a pruned weight can grow back, or `Gradient.EXACT`.
+        freeze: whether the mask stays as it is once the fade is over; otherwise it is selected anew throughout.
+        update_every: optimizer steps between two selections of a layer; layers take turns.
+
+    Raises:
+        ConfigError: a value is out of range, or sparsity and granularity contradict each other.
+    """
+
+    sparsity: Annotated[
+        float | None, Field(ge=0, le=1, description="the share of weights that become zero, in [0, 1]")
+    ] = None
+    _: KW_ONLY
+    granularity: PerTensor | PerChannel | Global | NM = PerTensor()
+    gradient: Gradient = Gradient.STRAIGHT_THROUGH
+    freeze: bool = True
+    update_every: Annotated[int, Field(ge=1, description="a number of optimizer steps, at least 1")] = 8
+
+    stage: ClassVar[int] = 1
+
+    @property
+    def ramps(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        if isinstance(self.granularity, NM):
+            implied = 1 - self.granularity.n / self.granularity.m
+            if self.sparsity is not None and self.sparsity != implied:
+                raise ConfigError(
+                    f"MagnitudePruning(sparsity={self.sparsity}, granularity={self.granularity!r}): "
+                    f"this granularity means a sparsity of {implied:g}. Leave sparsity out."
+                )
+        elif self.sparsity is None:
+            raise ConfigError("MagnitudePruning(): sparsity is missing. Give the share of zeros, as in sparsity=0.9.")
+        if self.gradient is Gradient.CLIPPED:
+            raise ConfigError("MagnitudePruning(gradient=CLIPPED): only a quantizer has a range. Use EXACT.")
+
+    def problem(self, layer: LayerView) -> str | None:
+        if isinstance(self.granularity, NM) and layer.columns % self.granularity.m:
+            return f"its fan-in of {layer.columns} is not a multiple of m = {self.granularity.m}. Add the layer to ignore"
+        return None
+
+    def form(self, layer: LayerView, *, ramped: bool) -> CompressedWeight:
+        return MaskedWeight(self, layer)
+
+    def update(self, forms: Sequence[CompressedWeight], weights: Sequence[Tensor], moment: Moment) -> None:
+        if moment.settled and self.freeze and not moment.arriving:
+            return
+        masked = cast(Sequence[MaskedWeight], forms)
+        if isinstance(self.granularity, Global):
+            if moment.arriving or moment.step % self.update_every == 0:
+                self._select_together(masked, weights)
+            return
+        for turn, (form, weight) in enumerate(zip(masked, weights, strict=True)):
+            if moment.arriving or (moment.step + turn) % self.update_every == 0:
+                self._select(form, weight)
+
+    def _select(self, form: MaskedWeight, weight: Tensor) -> None:
+        magnitude = form.layout.to_matrix(weight).abs()
+        if isinstance(self.granularity, PerTensor):
+            keep = kept(magnitude.numel(), form.strength * (self.sparsity or 0.0))
+            (mask,), form.border = keep_largest([magnitude], keep, form.border)
+            form.mask.copy_(mask)
+            return
+        if isinstance(self.granularity, NM):
+            n, m = self.granularity.n, self.granularity.m
+            magnitude, keep = magnitude.reshape(-1, m), m - round(form.strength * (m - n))
+        else:
+            keep = kept(magnitude.shape[1], form.strength * (self.sparsity or 0.0))
+        chosen = magnitude.topk(keep, dim=1, sorted=False).indices
+        mask = torch.zeros_like(magnitude, dtype=torch.bool).scatter_(1, chosen, True)
+        form.mask.copy_(mask.reshape(form.mask.shape))
+
+    def _select_together(self, forms: Sequence[MaskedWeight], weights: Sequence[Tensor]) -> None:
+        magnitudes = [f.layout.to_matrix(w).abs() for f, w in zip(forms, weights, strict=True)]
+        keep = kept(sum(m.numel() for m in magnitudes), forms[0].strength * (self.sparsity or 0.0))
+        masks, border = keep_largest(magnitudes, keep, forms[0].border)
+        for form, mask in zip(forms, masks, strict=True):
+            form.mask.copy_(mask)
+            form.border = border
+
+
+def kept(count: int, sparsity: float) -> int:
+    """Return how many of `count` weights stay at a sparsity, to the nearest weight."""
+    return count - round(count * sparsity)
+
+
+class MaskedWeight(ProjectedWeight):
+    """A weight times its mask; the mask is a buffer and is saved with the model's state."""
+
+    mask: Tensor
+
+    def __init__(self, compressor: MagnitudePruning, layer: LayerView) -> None:
+        super().__init__(layer.layout)
+        self.compressor = compressor
+        shape = (layer.layout.rows, layer.columns)
+        self.register_buffer("mask", torch.ones(shape, dtype=torch.bool, device=layer.weight.device))
+        self.border: float | None = None
+
+    def project(self, matrix: Tensor) -> Tensor:
+        # Converted first: an operation on two types is several times slower on a CPU.
+        return self.mask.view(torch.uint8).to(matrix.dtype).mul_(matrix)
+
+    def inside(self, matrix: Tensor) -> Tensor | None:
+        # A weight under a frozen mask will never count again: its gradient would only swell the gradient's norm.
+        frozen = self.settled and self.compressor.freeze
+        return self.mask if frozen or self.compressor.gradient is Gradient.EXACT else None
+
+    def matrix_grid(self, matrix: Tensor) -> Grid | None:
+        return None

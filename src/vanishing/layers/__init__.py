@@ -1,0 +1,19 @@
+"""The kinds of layers whose weights can be compressed, one a file."""
+
+from vanishing.layers import attention, convolution, embedding, experts, linear, recurrent
+from vanishing.layers.base import Factored, LayerKind, Layout, factor, find_kind, register_kind
+
+__all__ = [
+    "Factored",
+    "LayerKind",
+    "Layout",
+    "attention",
+    "convolution",
+    "embedding",
+    "experts",
+    "factor",
+    "find_kind",
+    "linear",
+    "recurrent",
+    "register_kind",
+]

@@ -1,0 +1,214 @@
+"""What the library knows about a kind of layer: where its weights are and how each one is a matrix."""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight of a given shape becomes a matrix of output channels by fan-in, and back.
+
+    Law: `from_matrix(to_matrix(w))` equals `w`.
+
+    Args:
+        shape: shape of the weight as the layer holds it.
+        view: shape that splits the groups and transposed dimensions off.
+        order: permutation of `view` that brings the output channels to the front.
+        rows: number of output channels.
+    """
+
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    order: tuple[int, ...]
+    rows: int
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Return the weight as (rows, columns), a view of it where the memory allows one."""
+        if self._is_rows:
+            return weight if len(self.shape) == 2 else weight.reshape(self.rows, -1)
+        return weight.reshape(self.view).permute(self.order).reshape(self.rows, -1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """Return a (rows, columns) matrix in the layer's own shape."""
+        if self._is_rows:
+            return matrix.reshape(self.shape)
+        permuted = matrix.reshape([self.view[i] for i in self.order])
+        inverse = [self.order.index(i) for i in range(len(self.order))]
+        return permuted.permute(inverse).reshape(self.shape).contiguous()
+
+    @functools.cached_property
+    def _is_rows(self) -> bool:
+        """Whether the matrix is the weight with its last dimensions flattened."""
+        rows_first = self.order == tuple(range(len(self.order))) and self.view == self.shape
+        return rows_first and (len(self.shape) != 2 or self.rows == self.shape[0])
+
+
+def row_layout(shape: tuple[int, ...], *, row_dimensions: int = 1) -> Layout:
+    """Return the layout of a weight whose first dimensions are output channels and whose rest is fan-in."""
+    rows = math.prod(shape[:row_dimensions])
+    return Layout(shape=shape, view=shape, order=tuple(range(len(shape))), rows=rows)
+
+
+class Factored(nn.Sequential):
+    """Two plain layers in the place of one: the second one's weight times the first one's is the weight.
+
+    It answers to `.weight` (the product, computed anew at each access), `.bias` and the sizes of the layer that it
+    replaces, for code that looks at them.
+
+    Args:
+        first: layer that maps the input to `rank` channels a group, without bias.
+        second: layer that maps those to the output.
+        layout: how the original weight is a matrix.
+        groups: number of blocks on the diagonal of the original weight.
+        first_has_rows: True where the first layer holds the output channels (an embedding's rows).
+        sizes: attributes of the original layer (`in_features` and the like) to answer to.
+    """
+
+    def __init__(
+        self,
+        first: nn.Module,
+        second: nn.Module,
+        *,
+        layout: Layout,
+        groups: int = 1,
+        first_has_rows: bool = False,
+        sizes: Mapping[str, Any],
+    ) -> None:
+        super().__init__(first, second)
+        self._layout = layout
+        self._groups = groups
+        self._first_has_rows = first_has_rows
+        for name, value in sizes.items():
+            setattr(self, name, value)
+
+    def forward(self, input: Tensor, *arguments: Any) -> Tensor:
+        """Return the second layer's output for the first one's; extra arguments go to the first."""
+        output: Tensor = self[1](self[0](input, *arguments))
+        return output
+
+    @property
+    def rank(self) -> int:
+        """The number of channels a group between the two layers."""
+        return self.left.shape[-1]
+
+    @property
+    def left(self) -> Tensor:
+        """The factor with the output channels, (groups, rows / groups, rank), a view of a layer's weight."""
+        weight = self[0].weight if self._first_has_rows else self[1].weight
+        return weight.reshape(self._groups, self._layout.rows // self._groups, -1)
+
+    @property
+    def right(self) -> Tensor:
+        """The factor with the fan-in, (groups, rank, columns), a view of a layer's weight."""
+        if self._first_has_rows:
+            return self[1].weight.t().unsqueeze(0)
+        columns = math.prod(self._layout.shape) // self._layout.rows
+        weight = self[0].weight
+        if isinstance(self[0], nn.modules.conv._ConvTransposeNd):
+            weight = transposed_layout(tuple(weight.shape), self._groups).to_matrix(weight)
+        return weight.reshape(self._groups, -1, columns)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product in the original layer's shape."""
+        return self._layout.from_matrix((self.left @ self.right).reshape(self._layout.rows, -1))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the second layer."""
+        bias: Tensor | None = self[1].bias
+        return bias
+
+
+def transposed_layout(shape: tuple[int, ...], groups: int) -> Layout:
+    """Return the layout of a transposed convolution's weight, (in, out / groups, *kernel)."""
+    inputs, outputs, *kernel = shape
+    view = (groups, inputs // groups, outputs, *kernel)
+    order = (0, 2, 1, *range(3, len(view)))
+    return Layout(shape=shape, view=view, order=order, rows=groups * outputs)
+
+
+class LayerKind(ABC):
+    """A kind of layer that can be compressed through its weights.
+
+    Laws: `layout(...)` is a bijection (see `Layout`), and for a kind that can be factored, `factor(layer, r)` with the
+    product of its factors equal to the weight computes what the layer computes.
+    """
+
+    name: str
+    """What messages and tables call it."""
+    explicit_only = False
+    """Whether a rule must name the layer or its type, and a glob alone does not take it."""
+    why_not_factored: str | None = None
+    """The reason why two smaller layers cannot take its place; None where they can."""
+
+    @abstractmethod
+    def owns(self, module: nn.Module) -> bool:
+        """Whether a module is of this kind or of a subclass."""
+
+    @abstractmethod
+    def weight_names(self, module: nn.Module) -> tuple[str, ...]:
+        """Return the names of the parameters that are compressed."""
+
+    @abstractmethod
+    def layout(self, module: nn.Module, shape: tuple[int, ...]) -> Layout:
+        """Return how a weight of the given shape is a matrix."""
+
+    def groups(self, module: nn.Module) -> int:
+        """Return the number of blocks on the diagonal of the weight."""
+        return 1
+
+    def problem(self, module: nn.Module) -> str | None:
+        """Return why this layer's settings keep it from being compressed, None where nothing does."""
+        return None
+
+    def base_forward(self, module: nn.Module) -> Callable[..., Any] | None:
+        """Return the plain layer's own forward, to compare a subclass with; None where there is none to compare."""
+        return None
+
+    def probe_input(self, module: nn.Module) -> Tensor | None:
+        """Return a small random input for the layer, None where any would be a guess."""
+        return None
+
+    def factor(self, module: nn.Module, rank: int) -> Factored:
+        """Return two plain layers of a rank with memory that is not initialized, on the layer's device and in its type."""
+        raise NotImplementedError(self.why_not_factored)
+
+
+_KINDS: list[LayerKind] = []
+
+
+def register_kind(kind: type[LayerKind]) -> type[LayerKind]:
+    """Class decorator: make a kind of layer known to recipes."""
+    _KINDS.append(kind())
+    return kind
+
+
+def find_kind(module: nn.Module) -> LayerKind | None:
+    """Return the kind of a module, None where the library knows none."""
+    return next((kind for kind in _KINDS if kind.owns(module)), None)
+
+
+def factor(module: nn.Module, rank: int) -> Factored:
+    """Return two plain layers of the given rank that fit in a layer's place, with memory that is not initialized.
+
+    Args:
+        module: a linear, convolution or embedding layer.
+        rank: channels a group between the two layers.
+
+    Raises:
+        TypeError: the layer cannot be replaced by two.
+    """
+    kind = find_kind(module)
+    if kind is None or kind.why_not_factored:
+        reason = kind.why_not_factored if kind else "it is not a layer with a known weight"
+        raise TypeError(f"{type(module).__name__} cannot be factored: {reason}.")
+    return kind.factor(module, rank)

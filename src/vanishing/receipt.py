@@ -1,0 +1,75 @@
+"""What `finish` leaves on a model, so that `save` and `summary` know what was done to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from vanishing.layers.base import Layout
+
+if TYPE_CHECKING:
+    from vanishing.compressors.base import Compressor
+    from vanishing.recipe import Recipe
+
+_ATTRIBUTE = "_vanishing_receipt"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that a quantized weight may take: `(code - zero_point) * scale` in each group of its matrix.
+
+    Args:
+        bits: width of a code in the file, 1 to 8. With 1 bit the two values are -scale and +scale.
+        scale: (rows or 1, groups or 1), in the type that is stored; arithmetic is done in the weight's own type.
+        zero_point: unsigned codes' zero, of the shape of `scale`; None for codes that are signed around 0, from
+            `-2**(bits-1)` to `2**(bits-1) - 1`.
+        group: columns that share a scale; None for all of them. The last group may be shorter.
+        layout: how the weight becomes the matrix.
+    """
+
+    bits: int
+    scale: Tensor
+    zero_point: Tensor | None
+    group: int | None
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class FinishedLayer:
+    """One compressed layer of a finished model.
+
+    Args:
+        compressor: the technique.
+        structure: "weight" for the same layer with another weight, "factored" for two plain layers in its place,
+            "replaced" for a module of the user's.
+        parameters_before: number of parameters of the original layer.
+        bytes_before: their size in memory.
+        grids: parameter name below the layer -> the values that it may take, for quantized weights.
+    """
+
+    compressor: Compressor
+    structure: str
+    parameters_before: int
+    bytes_before: int
+    grids: dict[str, Grid]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The resolved recipe and the compressed layers by full module name."""
+
+    recipe: Recipe
+    layers: dict[str, FinishedLayer]
+
+
+def attach_receipt(model: nn.Module, receipt: Receipt) -> None:
+    """Leave the receipt on a finished model as a plain attribute; it travels with copies of the model."""
+    setattr(model, _ATTRIBUTE, receipt)
+
+
+def read_receipt(model: nn.Module) -> Receipt | None:
+    """Return the receipt of a finished or loaded model, None for any other model."""
+    receipt = getattr(model, _ATTRIBUTE, None)
+    return receipt if isinstance(receipt, Receipt) else None

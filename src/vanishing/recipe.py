@@ -1,0 +1,241 @@
+"""Recipes: which module gets which technique, and when."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from torch import nn
+
+from vanishing.compressors import Compressor
+from vanishing.config import Config, concrete_kinds
+from vanishing.errors import ConfigError
+from vanishing.granularity import Granularity
+from vanishing.patterns import Pattern, Where, pattern_from_plain, pattern_to_plain, to_pattern
+from vanishing.schedules import Schedule
+
+if TYPE_CHECKING:
+    from vanishing.plan import Plan
+
+Key = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Rule(Config):
+    """A technique with a schedule of its own.
+
+    Args:
+        compressor: the technique.
+        schedule: beta for the modules of this rule; None for the recipe's.
+        ramp: ramp for the modules of this rule; None for the recipe's.
+    """
+
+    compressor: Compressor
+    schedule: Schedule | None = None
+    ramp: Schedule | None = None
+
+    def check(self) -> None:
+        if self.ramp is not None:
+            check_ramp(self.compressor)
+
+
+@dataclass(frozen=True, init=False)
+class Recipe:
+    """Ordered rules for a whole model.
+
+    Args:
+        rules: key -> technique. A key is a glob on the module's full name (`*` crosses dots), a compiled regular
+            expression, a module type (with its subclasses) or a predicate on name and module; the first rule that
+            matches a module wins. A value is a compressor, or a `Rule` with a schedule of its own.
+        ignore: keys of modules that are left alone, with everything below them.
+        schedule: beta, the original's share, at every optimizer step.
+        ramp: falls from 1 to 0 and drives the strength of the techniques from none to full (1 - ramp): with
+            `StepSchedule(at=0)` as schedule this is a technique's own iterative way, gradual pruning for instance.
+
+    Raises:
+        ConfigError: a rule, a key or a schedule is of the wrong type; or a technique has no strength to ramp.
+
+    >>> from vanishing import LinearSchedule, MagnitudePruning
+    >>> recipe = Recipe({"*.mlp.*": MagnitudePruning(sparsity=0.9)}, schedule=LinearSchedule(steps=100))
+    >>> Recipe.from_yaml(recipe.to_yaml()) == recipe
+    True
+    """
+
+    rules: tuple[tuple[Pattern, Rule], ...]
+    ignore: tuple[Pattern, ...]
+    schedule: Schedule
+    ramp: Schedule | None
+
+    def __init__(
+        self,
+        rules: Mapping[Any, Compressor | Rule],
+        *,
+        ignore: Iterable[Key] | Key = (),
+        schedule: Schedule,
+        ramp: Schedule | None = None,
+    ) -> None:
+        if not isinstance(rules, Mapping) or not rules:
+            raise ConfigError(f"a recipe takes a mapping from keys to compressors with at least one rule, got {rules!r}.")
+        entries = tuple((to_pattern(key), _to_rule(key, value)) for key, value in rules.items())
+        for name, value in {"schedule": schedule, "ramp": ramp}.items():
+            if not isinstance(value, Schedule) and not (name == "ramp" and value is None):
+                raise ConfigError(f"the recipe's {name} must be a schedule, as in LinearSchedule(steps=1000), got {value!r}.")
+        if ramp is not None:
+            for _, rule in entries:
+                check_ramp(rule.compressor)
+        single = isinstance(ignore, str) or not isinstance(ignore, Iterable)
+        object.__setattr__(self, "rules", entries)
+        object.__setattr__(self, "ignore", tuple(to_pattern(key) for key in ([ignore] if single else ignore)))  # type: ignore[union-attr]
+        object.__setattr__(self, "schedule", schedule)
+        object.__setattr__(self, "ramp", ramp)
+
+    def match(self, model: nn.Module) -> Plan:
+        """Return which module gets what, what is left alone and why, and every problem; the model is not changed.
+
+        Printed, the plan is a table.
+        """
+        from vanishing.plan import make_plan
+
+        return make_plan(model, self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain values, without what has its default."""
+        rules = []
+        for pattern, rule in self.rules:
+            entry = {"match": pattern_to_plain(pattern)} | rule.to_dict()
+            del entry["kind"]
+            rules.append(entry)
+        data: dict[str, Any] = {"rules": rules, "schedule": self.schedule.to_dict()}
+        if self.ignore:
+            data["ignore"] = [pattern_to_plain(pattern) for pattern in self.ignore]
+        if self.ramp is not None:
+            data["ramp"] = self.ramp.to_dict()
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """Return the recipe that `to_dict` wrote.
+
+        Raises:
+            ConfigError: a field is missing, unknown or out of range; the message names the rule.
+        """
+        if not isinstance(data, Mapping) or set(data) - {"rules", "schedule", "ignore", "ramp"}:
+            fields = sorted(map(str, data)) if isinstance(data, Mapping) else data
+            raise ConfigError(f"a recipe has the fields rules, schedule, ignore and ramp, got {fields!r}.")
+        if "schedule" not in data or not isinstance(data.get("rules"), list):
+            raise ConfigError("a recipe needs `schedule` and `rules`, a list of mappings with `match` and `compressor`.")
+        ignore = data.get("ignore", [])
+        if not isinstance(ignore, list):
+            raise ConfigError(f"a recipe's `ignore` is a list of patterns, got {ignore!r}.")
+        rules: dict[Any, Rule] = {}
+        for number, entry in enumerate(data["rules"]):
+            if not isinstance(entry, Mapping) or not {"match", "compressor"} <= set(entry):
+                raise ConfigError(f"rule {number} of the recipe needs `match` and `compressor`, got {entry!r}.")
+            fields = {name: value for name, value in entry.items() if name != "match"}
+            rules[pattern_from_plain(entry["match"])] = Rule.from_dict({"kind": Rule.kind} | fields)
+        return cls(
+            rules,
+            ignore=[pattern_from_plain(each) for each in ignore],  # type: ignore[misc]
+            schedule=Schedule.from_dict(data["schedule"]),  # type: ignore[type-abstract]
+            ramp=Schedule.from_dict(data["ramp"]) if data.get("ramp") is not None else None,  # type: ignore[type-abstract]
+        )
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML.
+
+        Raises:
+            ConfigError: a key is a predicate, which no file can hold.
+        """
+        return yaml.safe_dump(self._for_file(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """Return the recipe in a YAML text.
+
+        Raises:
+            ConfigError: the text is no YAML, or no recipe.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the recipe is not valid YAML: {error}.") from None
+        return cls.from_dict(data)
+
+    def to_json(self) -> str:
+        """Return the recipe as JSON.
+
+        Raises:
+            ConfigError: a key is a predicate, which no file can hold.
+        """
+        return json.dumps(self._for_file(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Return the recipe in a JSON text.
+
+        Raises:
+            ConfigError: the text is no JSON, or no recipe.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the recipe is not valid JSON: {error}.") from None
+        return cls.from_dict(data)
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """Return the JSON schema (draft 2020-12) of a recipe's file, with every technique known in this process."""
+        bases: tuple[type[Config], ...] = (Compressor, Schedule, Granularity, Pattern)
+        kinds = {c.kind: c.schema() for base in bases for c in concrete_kinds(base) if c is not Granularity}
+        compressor, schedule, pattern = (
+            {"oneOf": [{"$ref": f"#/$defs/{c.kind}"} for c in concrete_kinds(base)]} for base in (Compressor, Schedule, Pattern)
+        )
+        match = {"anyOf": [{"type": "string", "description": "a glob on the module's full name"}, pattern]}
+        rule = {
+            "type": "object",
+            "properties": {"match": match, "compressor": compressor, "schedule": schedule, "ramp": schedule},
+            "required": ["match", "compressor"],
+            "additionalProperties": False,
+        }
+        properties = {
+            "rules": {"type": "array", "items": rule, "minItems": 1},
+            "ignore": {"type": "array", "items": match},
+            "schedule": schedule,
+            "ramp": schedule,
+        }
+        return {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": "vanishing recipe",
+            "type": "object",
+            "properties": properties,
+            "required": ["rules", "schedule"],
+            "additionalProperties": False,
+            "$defs": kinds,
+        }
+
+    def _for_file(self) -> dict[str, Any]:
+        for pattern in (*self.ignore, *(pattern for pattern, _ in self.rules)):
+            if isinstance(pattern, Where):
+                raise ConfigError(f"{pattern.text} cannot be written to a file. Use a glob, a regex or a type instead.")
+        return self.to_dict()
+
+
+def check_ramp(compressor: Compressor) -> None:
+    """Raise `ConfigError` if a ramp cannot drive a technique."""
+    if not compressor.ramps:
+        raise ConfigError(
+            f"{type(compressor).__name__} has no strength between none and full, so a ramp cannot drive it. "
+            f"Leave the ramp out, or give it to the rules of other techniques only."
+        )
+
+
+def _to_rule(key: Any, value: Any) -> Rule:
+    if isinstance(value, Rule):
+        return value
+    if not isinstance(value, Compressor):
+        raise ConfigError(f"the rule for {key!r} must be a compressor, as in LowRank(rank=16), or a Rule, got {value!r}.")
+    return Rule(value)

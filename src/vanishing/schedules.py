@@ -1,0 +1,141 @@
+"""Schedules: pure functions from the optimizer step to a value in [0, 1] that never rises."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from vanishing.config import Config
+
+Steps = Annotated[int, Field(ge=1, description="the length of the fall in optimizer steps, at least 1")]
+Start = Annotated[int, Field(ge=0, description="the optimizer step up to which the value is 1, at least 0")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(Config, ABC):
+    """A value in [0, 1] for every optimizer step, computed in closed form and never carried along.
+
+    Laws, with `begin` and `end` the first and the last step of the fall:
+        s(t) == 1 for t <= begin, s(t) == 0 exactly for t >= end, s(t + 1) <= s(t).
+    """
+
+    @property
+    @abstractmethod
+    def begin(self) -> int:
+        """The last step at which the value is 1 for certain."""
+
+    @property
+    @abstractmethod
+    def end(self) -> int:
+        """The first step at which the value is 0."""
+
+    @abstractmethod
+    def shape(self, progress: float) -> float:
+        """Return the value for a progress in (0, 1), the share of the fall that has passed."""
+
+    def __call__(self, step: int) -> float:
+        """Return the value at an optimizer step (the number of optimizer steps already done).
+
+        >>> LinearSchedule(steps=10)(4)
+        0.6
+        """
+        if step >= self.end:
+            return 0.0
+        if step <= self.begin:
+            return 1.0
+        return min(max(self.shape((step - self.begin) / (self.end - self.begin)), 0.0), 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fade(Schedule):
+    """Base of the schedules that fall over `steps` optimizer steps after `start`.
+
+    Args:
+        steps: length of the fall, in optimizer steps.
+        start: optimizer step at which the fall begins.
+    """
+
+    steps: Steps
+    start: Start = 0
+
+    @property
+    def begin(self) -> int:
+        return self.start
+
+    @property
+    def end(self) -> int:
+        return self.start + self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSchedule(Fade):
+    """`1 - t / steps`: the schedule of the paper (arXiv 2510.09696, section 3)."""
+
+    def shape(self, progress: float) -> float:
+        return 1.0 - progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule(Fade):
+    """`(1 + cos(pi t / steps)) / 2`: slow at both ends."""
+
+    def shape(self, progress: float) -> float:
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolynomialSchedule(Fade):
+    """`(1 - t / steps) ** power`: fast first, slow near 0; power 3 is the cubic law of Zhu and Gupta (1710.01878)."""
+
+    power: Annotated[float, Field(gt=0, le=100, description="the exponent, above 0 and at most 100")] = 3.0
+
+    def shape(self, progress: float) -> float:
+        return float((1.0 - progress) ** self.power)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExponentialSchedule(Fade):
+    """`exp(-rate t / steps)`, shifted and scaled so that it runs from 1 to 0."""
+
+    rate: Annotated[float, Field(ge=0.01, le=500, description="the decay over the fall, 0.01 to 500")] = 5.0
+
+    def shape(self, progress: float) -> float:
+        return math.expm1(-self.rate * progress) / -math.expm1(-self.rate) + 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmoidSchedule(Fade):
+    """A logistic curve centered on the middle of the fall, shifted and scaled so that it runs from 1 to 0."""
+
+    steepness: Annotated[float, Field(ge=0.01, le=500, description="the slope over the fall, 0.01 to 500")] = 10.0
+
+    def shape(self, progress: float) -> float:
+        # tanh(x / 2) is the logistic function up to scale and offset, and does not overflow.
+        half = math.tanh(self.steepness / 4)
+        return 0.5 - 0.5 * math.tanh(self.steepness * (progress - 0.5) / 2) / half
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSchedule(Schedule):
+    """1 before the optimizer step `at` and 0 from it on: compression at once, after `at` steps of dense training.
+
+    Args:
+        at: optimizer step from which the value is 0; with 0 the model is compressed from the beginning.
+    """
+
+    at: Annotated[int, Field(ge=0, description="the optimizer step from which the value is 0, at least 0")]
+
+    @property
+    def begin(self) -> int:
+        return self.at - 1
+
+    @property
+    def end(self) -> int:
+        return self.at
+
+    def shape(self, progress: float) -> float:
+        raise AssertionError("a step has no interior")

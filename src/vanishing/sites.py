@@ -1,0 +1,222 @@
+"""The places in a model where a transition goes on: weights of layers, and blocks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from vanishing.blend import (
+    Blend,
+    BlendedBlock,
+    BlendedWeight,
+    blended_weights,
+    install_blended_weight,
+    remove_blended_weight,
+)
+from vanishing.compressors import CompressedWeight, Compressor
+from vanishing.compressors.low_rank import LowRankWeight
+from vanishing.errors import TransitionError
+from vanishing.layers import Factored
+from vanishing.plan import PlannedBlock, PlannedWeight
+from vanishing.receipt import FinishedLayer, Grid
+
+_TOLERANCE = 1e-5
+_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
+
+
+class Site(ABC):
+    """One place where original and compressed form meet.
+
+    The life of a site: made (the model is unchanged), `install`, then `finish` or `remove`.
+    """
+
+    name: str
+    rule: int
+    blend: Blend
+    compressor: Compressor
+
+    @abstractmethod
+    def install(self, model: nn.Module) -> None:
+        """Change the model."""
+
+    @abstractmethod
+    def remove(self, model: nn.Module) -> None:
+        """Give the model its original back."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise `TransitionError` if what `finish` would leave differs from the transition at beta = 0."""
+
+    @abstractmethod
+    def finish(self, model: nn.Module) -> dict[str, FinishedLayer]:
+        """Leave the compressed form in the model; return what was done, by module name."""
+
+    @abstractmethod
+    def forms(self) -> Iterator[CompressedWeight]:
+        """Yield every compressed weight of the site."""
+
+    @property
+    @abstractmethod
+    def original_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the original form."""
+
+    @property
+    @abstractmethod
+    def new_parameters(self) -> list[nn.Parameter]:
+        """The parameters that only the compressed form has."""
+
+
+class WeightSite(Site):
+    """A weight, blended in weight space, with every layer that holds it."""
+
+    blend: BlendedWeight
+
+    def __init__(self, planned: PlannedWeight, *, ramped: bool) -> None:
+        self.name = planned.names[0]
+        self.rule = planned.rule
+        self.compressor = planned.compressor
+        self.planned = planned
+        weight = planned.layer.weight
+        assert isinstance(weight, nn.Parameter)
+        self.weight = weight
+        self.blend = BlendedWeight(planned.compressor.form(planned.layer, ramped=ramped))
+        self.blend.to(weight.device)
+        self._orders = [tuple(module._parameters) for module, _ in planned.owners]
+        first = planned.layer.module
+        self._before = (sum(p.numel() for p in first.parameters(recurse=False)), _bytes(first))
+
+    def forms(self) -> Iterator[CompressedWeight]:
+        for module in self.blend.modules():
+            if isinstance(module, CompressedWeight):
+                yield module
+
+    @property
+    def original_parameters(self) -> list[nn.Parameter]:
+        return [self.weight]
+
+    @property
+    def new_parameters(self) -> list[nn.Parameter]:
+        shared = {id(p) for module, _ in self.planned.owners for p in module._parameters.values()}
+        return [p for p in self.blend.parameters() if id(p) not in shared]
+
+    def install(self, model: nn.Module) -> None:
+        for module, name in self.planned.owners:
+            install_blended_weight(module, name, self.blend)
+
+    def remove(self, model: nn.Module) -> None:
+        for (module, name), order in zip(self.planned.owners, self._orders, strict=True):
+            remove_blended_weight(module, name, order)
+
+    def check(self) -> None:
+        form = self.blend.form
+        if not isinstance(form, LowRankWeight):
+            return
+        layer = self.planned.layer
+        probe = layer.kind.probe_input(layer.module)
+        assert probe is not None
+        plain = form.plain_layers(layer.module, layer.kind)
+        with torch.no_grad():
+            expected, got = layer.module.forward(probe), plain(probe)
+        _require_equal(self.name, expected, got)
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module) -> dict[str, FinishedLayer]:
+        form, layer = self.blend.form, self.planned.layer
+        if isinstance(form, LowRankWeight):
+            grids = {f"{i}.weight": g for i, (b, w) in enumerate(form.factor_blends()) if (g := b.form.grid(w))}
+            plain = form.plain_layers(layer.module, layer.kind)
+            _make_factors_plain(plain)
+            self.remove(model)
+            put_in_place(model, layer.module, plain)
+            structure = "factored"
+        else:
+            grid = form.grid(self.weight)
+            grids = {name: grid for _, name in self.planned.owners} if grid else {}
+            # Adding zero turns the -0 of a pruned negative weight into the 0 that the file gives back.
+            final = form.compress(self.weight) + 0.0
+            self.remove(model)
+            self.weight.copy_(final)
+            structure = "weight"
+        finished = FinishedLayer(self.planned.compressor, structure, *self._before, grids)
+        return dict.fromkeys(self.planned.names, finished)
+
+
+class BlockSite(Site):
+    """A block and its replacement, blended on outputs."""
+
+    blend: BlendedBlock
+
+    def __init__(self, planned: PlannedBlock) -> None:
+        self.name = planned.name
+        self.rule = planned.rule
+        self.compressor = planned.compressor
+        replacement = planned.compressor.build(planned.block)
+        self.blend = BlendedBlock(planned.block, replacement)
+        device = next((p.device for p in planned.block.parameters()), None)
+        if device is not None:
+            self.blend.beta_tensor = self.blend.beta_tensor.to(device)
+
+    def forms(self) -> Iterator[CompressedWeight]:
+        return iter(())
+
+    @property
+    def original_parameters(self) -> list[nn.Parameter]:
+        kept = {id(p) for p in self.blend.replacement.parameters()}
+        return [p for p in self.blend.original.parameters() if id(p) not in kept]
+
+    @property
+    def new_parameters(self) -> list[nn.Parameter]:
+        held = {id(p) for p in self.blend.original.parameters()}
+        return [p for p in self.blend.replacement.parameters() if id(p) not in held]
+
+    def install(self, model: nn.Module) -> None:
+        put_in_place(model, self.blend.original, self.blend)
+
+    def remove(self, model: nn.Module) -> None:
+        put_in_place(model, self.blend, self.blend.original)
+
+    def check(self) -> None:
+        # The very module that ran at beta = 0 is what stays.
+        return
+
+    def finish(self, model: nn.Module) -> dict[str, FinishedLayer]:
+        original, replacement = self.blend.original, self.blend.replacement
+        before = (sum(p.numel() for p in original.parameters()), sum(_bytes(m) for m in original.modules()))
+        put_in_place(model, self.blend, replacement)
+        return {self.name: FinishedLayer(self.compressor, "replaced", *before, {})}
+
+
+def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in every place of the model where another one is; the user's hooks move along."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old and parent is not new:
+                parent._modules[name] = new
+    for hooks in _HOOKS:
+        # The dictionaries themselves, so that a handle that the user kept still removes its hook.
+        new.__dict__[hooks], old.__dict__[hooks] = old.__dict__[hooks], new.__dict__[hooks]
+
+
+def _make_factors_plain(plain: Factored) -> None:
+    for layer in plain:
+        for name, blend in list(blended_weights(layer)):
+            weight = layer.parametrizations[name].original  # type: ignore[index,union-attr]
+            final = blend.form.compress(weight) + 0.0
+            remove_blended_weight(layer, name, (name, "bias"))
+            weight.copy_(final)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+
+
+def _require_equal(name: str, expected: Tensor, got: Tensor) -> None:
+    difference = float((expected - got).abs().max())
+    if difference > _TOLERANCE * max(float(expected.abs().max()), 1.0):
+        raise TransitionError(
+            f"{name!r} would change when it is finished: its outputs differ by {difference:.3g} from those at beta = 0. "
+            f"This is a defect of the technique, not of your model; transition.cancel() gives the original back."
+        )

@@ -1,0 +1,392 @@
+"""The transition of a model from its original to its compressed form."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vanishing.batchnorm import reestimate_batchnorm
+from vanishing.compressors import Compressor, Moment, WeightCompressor
+from vanishing.errors import TransitionError
+from vanishing.optimizers import OptimizerWatch, held_ids, join, leave
+from vanishing.plan import make_plan
+from vanishing.receipt import FinishedLayer, Receipt, attach_receipt
+from vanishing.recipe import Recipe
+from vanishing.schedules import LinearSchedule, Schedule
+from vanishing.sites import BlockSite, Site, WeightSite
+
+_WHOLE_MODEL_TOLERANCE = 1e-4
+
+
+def prepare(
+    model: nn.Module,
+    recipe: Recipe | Compressor,
+    *,
+    steps: int | None = None,
+    ignore: Iterable[Any] = (),
+    optimizer: Optimizer | None = None,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+) -> Transition:
+    """Change a model in place so that its original form fades into a compressed one while it is trained.
+
+    At this point (beta = 1) the model computes what it computed before, bit for bit.
+
+    Args:
+        model: any module; its parameters keep their identity.
+        recipe: a recipe, or one technique for every linear and convolution layer.
+        steps: with a single technique, the length of its linear fade in optimizer steps.
+        ignore: with a single technique, keys of modules to leave alone, as in `Recipe`.
+        optimizer: an optimizer that was made for the model already; new parameters join the group of the weight they
+            come from, and at the end those that are gone leave it. Not needed if the optimizer is made afterwards.
+        example_inputs: one batch for the model (a tensor, a tuple of arguments or a mapping of keywords); with it the
+            whole model is tried between the two forms now, and compared before and after `finish`.
+        calibration: batches for techniques that look at activations.
+
+    Returns:
+        The transition, at step 0.
+
+    Raises:
+        RecipeError: the recipe does not fit the model; every problem is listed and nothing was changed.
+        TypeError: arguments that contradict each other.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> transition = prepare(model, MagnitudePruning(sparsity=0.5), steps=10, ignore=["2"])
+    >>> transition.beta
+    1.0
+    """
+    resolved = _resolve_recipe(recipe, steps, ignore)
+    plan = make_plan(model, resolved)
+    if calibration is not None:
+        plan.problems.append("calibration batches were given, but no technique of the recipe looks at activations.")
+    if optimizer is not None and not plan.problems:
+        held = held_ids([optimizer])
+        missing = next((w.names[0] for w in plan.weights if id(w.layer.weight) not in held), None)
+        if missing is not None:
+            plan.problems.append(
+                f"the optimizer does not hold the weight of {missing!r}. Make it from model.parameters(), or leave "
+                f"`optimizer` out and make it after prepare."
+            )
+    plan.check()
+    ramps = [rule.ramp or resolved.ramp for _, rule in resolved.rules]
+    sites: list[Site] = [WeightSite(w, ramped=ramps[w.rule] is not None) for w in plan.weights]
+    sites += [BlockSite(b) for b in plan.blocks]
+    transition = Transition(model, resolved, sites, example_inputs)
+    transition._begin(optimizer)
+    return transition
+
+
+def _resolve_recipe(recipe: Recipe | Compressor, steps: int | None, ignore: Iterable[Any]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        if steps is not None or ignore:
+            raise TypeError("prepare: a Recipe holds its own schedule and ignore. Set them there, not in prepare.")
+        return recipe
+    if not isinstance(recipe, Compressor):
+        raise TypeError(f"prepare: expected a Recipe or a compressor such as LowRank(rank=16), got {recipe!r}.")
+    if steps is None:
+        raise TypeError(f"prepare: {recipe!r} needs steps=, the length of its fade in optimizer steps.")
+    return Recipe({"*": recipe}, ignore=ignore, schedule=LinearSchedule(steps=steps))
+
+
+class Transition:
+    """What `prepare` changed in a model, and the clock that drives it: the number of optimizer steps.
+
+    Its state is that one number; beta follows from it in closed form.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, sites: list[Site], example_inputs: Any) -> None:
+        self.model = model
+        self.recipe = recipe
+        self._sites = sites
+        self._example_inputs = example_inputs
+        self._step = 0
+        self._override: float | None = None
+        self._betas: list[Schedule] = [rule.schedule or recipe.schedule for _, rule in recipe.rules]
+        self._ramps: list[Schedule | None] = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
+        self._ended: str | None = None
+        self._optimizers = OptimizerWatch()
+        self._checked_optimizers = 0
+
+    # The clock
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps done."""
+        return self._step
+
+    @property
+    def beta(self) -> float:
+        """The original's share at this step by the recipe's schedule (a rule may have its own)."""
+        return self.recipe.schedule(self._step)
+
+    @property
+    def end(self) -> int:
+        """The first optimizer step at which every schedule and every ramp is over."""
+        used = {site.rule for site in self._sites}
+        schedules = [s for number in used for s in (self._betas[number], self._ramps[number]) if s is not None]
+        return max((s.end for s in schedules), default=0)
+
+    @property
+    def done(self) -> bool:
+        """Whether only the compressed form is left, at its full strength."""
+        return self._step >= self.end
+
+    def step(self) -> None:
+        """Move the clock by one; to be called once after each optimizer step.
+
+        Raises:
+            TransitionError: the transition is over, or the optimizer was made before `prepare`.
+        """
+        self._move(self._step + 1)
+
+    def seek(self, step: int) -> None:
+        """Set the clock to a number of optimizer steps done, as a training framework counts them.
+
+        Raises:
+            TransitionError: the transition is over, or the optimizer was made before `prepare`.
+            ValueError: a step below 0.
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"seek(step={step!r}): step is a number of optimizer steps, at least 0.")
+        self._move(step)
+
+    # What runs
+
+    @contextlib.contextmanager
+    def compressed(self) -> Iterator[nn.Module]:
+        """Run as if beta were 0 inside a `with`: the model that will be shipped."""
+        with self._overridden(0.0):
+            yield self.model
+
+    @contextlib.contextmanager
+    def original(self) -> Iterator[nn.Module]:
+        """Run as if beta were 1 inside a `with`: the original, as trained so far."""
+        with self._overridden(1.0):
+            yield self.model
+
+    def auxiliary_loss(self) -> Tensor:
+        """Return the loss to add to the task's own: a scalar, 0 for techniques that ask for none."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return torch.zeros((), device=device)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: the optimizer steps done, and the recipe to compare with.
+
+        With the model's and the optimizer's own state it gives an exact resume.
+        """
+        return {"steps_done": self._step, "recipe": json.dumps(self.recipe.to_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set the clock to where `state_dict` was taken; masks and factors come with the model's own state.
+
+        Raises:
+            TransitionError: the state is of another recipe, or no state of a transition.
+        """
+        self._require_active()
+        if set(state) != {"steps_done", "recipe"} or not isinstance(state["steps_done"], int) or state["steps_done"] < 0:
+            raise TransitionError(f"expected a transition's state with steps_done and recipe, got {sorted(map(str, state))}.")
+        if state["recipe"] != json.dumps(self.recipe.to_dict()):
+            raise TransitionError(
+                f"the state was saved with another recipe, {state['recipe']}. Prepare the model with that one to resume."
+            )
+        self._step = state["steps_done"]
+        self._set_clock()
+
+    # The end
+
+    def finish(self, *, force: bool = False, recalibrate: Iterable[Any] | None = None) -> nn.Module:
+        """Turn the model into its compressed form, made of plain modules, and let go of the original.
+
+        The originals and, where an optimizer is known, their optimizer state are freed. What is left is compared with
+        what the transition computed at beta = 0.
+
+        Args:
+            force: finish before the schedules are over.
+            recalibrate: batches to estimate BatchNorm's statistics anew from (a tensor, a tuple whose first item is the
+                input, or a mapping of keywords each); recommended for convolutional networks.
+
+        Returns:
+            The same model object.
+
+        Raises:
+            TransitionError: the schedules are not over and `force` is not set; or the transition has ended already.
+        """
+        self._require_active()
+        if not self.done:
+            if not force:
+                raise TransitionError(
+                    f"finish: {self.end - self._step} of {self.end} optimizer steps remain until the compressed form stands "
+                    f"alone. Train on, or call finish(force=True) to cut them off."
+                )
+            self._move(self.end)
+        with self._overridden(0.0):
+            for site in self._sites:
+                site.check()
+            before = self._example_outputs()
+        gone = [p for site in self._sites for p in site.original_parameters]
+        layers: dict[str, FinishedLayer] = {}
+        for site in self._sites:
+            for name, finished in site.finish(self.model).items():
+                # A layer with several weights, as an attention's, is one entry.
+                known = layers.get(name)
+                layers[name] = finished if known is None else _merged(known, finished)
+        self._close("finished")
+        stays = {id(p) for p in self.model.parameters()}
+        leave(self._optimizers.seen, [p for p in gone if id(p) not in stays])
+        attach_receipt(self.model, Receipt(self.recipe, layers))
+        self._compare(before, self._example_outputs())
+        if recalibrate is not None:
+            reestimate_batchnorm(self.model, recalibrate)
+        self._example_inputs = None
+        return self.model
+
+    def cancel(self) -> nn.Module:
+        """Give the original model back, with its weights as trained so far.
+
+        Raises:
+            TransitionError: the transition has ended already.
+        """
+        self._require_active()
+        new = [p for site in self._sites for p in site.new_parameters]
+        for site in self._sites:
+            site.remove(self.model)
+        self._close("cancelled")
+        leave(self._optimizers.seen, new)
+        return self.model
+
+    # Inside
+
+    def _begin(self, optimizer: Optimizer | None) -> None:
+        for site in self._sites:
+            site.install(self.model)
+        self._set_clock()
+        self._update(Moment(step=0, arriving=True, settled=False))
+        if optimizer is not None:
+            self._optimizers.seen.add(optimizer)
+            held = held_ids([optimizer])
+            for site in self._sites:
+                beside = next((p for p in site.original_parameters if id(p) in held), None)
+                if beside is not None:
+                    join(optimizer, beside, site.new_parameters)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.cancel)
+            # Between the forms, where both run and their shapes must agree.
+            with self._overridden(0.5):
+                self._example_outputs()
+            undo.pop_all()
+
+    def _move(self, step: int) -> None:
+        self._require_active()
+        self._check_optimizers()
+        previous, self._step = self._step, step
+        if step == previous:
+            return
+        self._set_clock()
+        self._update(Moment(step=step, arriving=abs(step - previous) > 1, settled=False), previous)
+
+    def _set_clock(self) -> None:
+        for site in self._sites:
+            ramp = self._ramps[site.rule]
+            strength = 1.0 if ramp is None else 1.0 - ramp(self._step)
+            settled = self._is_settled(site.rule, self._step)
+            for form in site.forms():
+                form.strength, form.settled = strength, settled
+        self._set_betas()
+
+    def _set_betas(self) -> None:
+        for site in self._sites:
+            site.blend.set_beta(self._betas[site.rule](self._step) if self._override is None else self._override)
+
+    def _is_settled(self, rule: int, step: int) -> bool:
+        ramp = self._ramps[rule]
+        return step >= self._betas[rule].end and (ramp is None or step >= ramp.end)
+
+    @torch.no_grad()
+    def _update(self, moment: Moment, previous: int | None = None) -> None:
+        for number, (_, rule) in enumerate(self.recipe.rules):
+            sites = [s for s in self._sites if s.rule == number and isinstance(s, WeightSite)]
+            if not sites or not isinstance(rule.compressor, WeightCompressor):
+                continue
+            settled = self._is_settled(number, self._step)
+            just_settled = settled and previous is not None and not self._is_settled(number, previous)
+            arriving = moment.arriving or just_settled
+            forms = [s.blend.form for s in sites]
+            weights = [s.weight.detach() for s in sites]
+            rule.compressor.update(forms, weights, Moment(self._step, arriving, settled))
+
+    @contextlib.contextmanager
+    def _overridden(self, beta: float) -> Iterator[None]:
+        self._require_active()
+        outer, self._override = self._override, beta
+        self._set_betas()
+        try:
+            yield
+        finally:
+            self._override = outer
+            if self._ended is None:
+                self._set_betas()
+
+    def _require_active(self) -> None:
+        if self._ended is not None:
+            raise TransitionError(f"this transition was {self._ended}. Call prepare again for another one.")
+
+    def _close(self, how: str) -> None:
+        self._sites = []
+        self._ended = how
+        self._optimizers.close()
+
+    def _check_optimizers(self) -> None:
+        """Raise if the optimizers that trained the model do not hold what is new in it."""
+        optimizers = list(self._optimizers.seen)
+        if len(optimizers) == self._checked_optimizers:
+            return
+        held = held_ids(optimizers)
+        for site in self._sites:
+            new = [p for p in site.new_parameters if p.requires_grad]
+            trained = any(id(p) in held for p in site.original_parameters)
+            if trained and any(id(p) not in held for p in new):
+                raise TransitionError(
+                    f"the optimizer was made before prepare: it holds the original of {site.name!r} but not the "
+                    f"{len(new)} new parameters of its compressed form, which would never be trained. Pass "
+                    f"optimizer= to prepare, or make the optimizer afterwards."
+                )
+        self._checked_optimizers = len(optimizers)
+
+    @torch.no_grad()
+    def _example_outputs(self) -> list[Tensor]:
+        """The model's floating outputs for the example inputs, in evaluation mode; none without example inputs."""
+        if self._example_inputs is None:
+            return []
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            inputs = self._example_inputs
+            if isinstance(inputs, Mapping):
+                outputs = self.model(**inputs)
+            else:
+                outputs = self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+
+    def _compare(self, before: list[Tensor], after: list[Tensor]) -> None:
+        for old, new in zip(before, after, strict=True):
+            difference = float((old - new).abs().max())
+            if difference > _WHOLE_MODEL_TOLERANCE * max(float(old.abs().max()), 1.0):
+                raise TransitionError(
+                    f"the finished model differs from the transition at beta = 0 by {difference:.3g} on the example inputs."
+                )
+
+
+def _merged(first: FinishedLayer, second: FinishedLayer) -> FinishedLayer:
+    grids = first.grids | second.grids
+    return FinishedLayer(first.compressor, first.structure, first.parameters_before, first.bytes_before, grids)

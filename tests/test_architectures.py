@@ -1,0 +1,210 @@
+"""The whole life cycle on real architectures with random weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import resume_worker
+import vanishing
+from architectures import ARCHITECTURES, Architecture, loss_of, tensors_of
+from resume_worker import END, SPLIT, TECHNIQUES, Run, evaluate
+from vanishing.layers import Factored
+
+JOBS = [f"{architecture}-{technique}" for architecture in ARCHITECTURES for technique in TECHNIQUES]
+# One process for these: a tied head, experts, batch statistics, fused attention, recurrence, each with a technique.
+FAST_RESUMES = [
+    "bert-low_rank",
+    "gpt2-pruned_quantized",
+    "mixtral-quantized",
+    "t5-low_rank",
+    "timm_resnet-pruned",
+    "encoder-pruned",
+    "lstm-quantized",
+]
+each_job = pytest.mark.parametrize("job", JOBS)
+
+
+def ties(model: nn.Module) -> set[frozenset[str]]:
+    """The groups of parameter names that are one parameter."""
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    return {frozenset(names) for names in groups.values() if len(names) > 1}
+
+
+def assert_same_bits(left: Any, right: Any, path: str = "state") -> None:
+    """Compare nested states; tensors to the last bit."""
+    assert type(left) is type(right), path
+    if isinstance(left, Tensor):
+        assert left.dtype == right.dtype, path
+        assert torch.equal(left, right), path
+    elif isinstance(left, dict):
+        assert list(left) == list(right), path
+        for key in left:
+            assert_same_bits(left[key], right[key], f"{path}[{key!r}]")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), path
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same_bits(a, b, f"{path}[{index}]")
+    else:
+        assert left == right, path
+
+
+def hooks(module: nn.Module) -> int:
+    """The number of hooks of any sort on a module."""
+    return sum(len(value) for name, value in vars(module).items() if name.endswith("_hooks") and value)
+
+
+def assert_plain(model: nn.Module, original: nn.Module) -> None:
+    """Compare a finished model with a freshly built one: the same modules, but for two plain layers in place of one."""
+    expected = dict(original.named_modules())
+    factored = {name for name, module in model.named_modules() if type(module) is Factored}
+    for name, module in model.named_modules():
+        assert not parametrize.is_parametrized(module), name
+        assert "forward" not in vars(module) or "forward" in vars(expected[name]), name
+        if name in factored:
+            assert hooks(module) == 0, name
+        elif name.rpartition(".")[0] in factored:
+            assert type(module).__module__.startswith("torch.nn"), name
+        else:
+            assert type(module) is type(expected[name]), name
+            assert hooks(module) == hooks(expected[name]), name
+    remaining = {name for name, _ in model.named_modules() if name.rpartition(".")[0] not in factored}
+    assert remaining == set(expected)
+
+
+def blended_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Every weight in transition: its layer, its name and the latent weight."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name, parametrization in module.parametrizations.items():  # type: ignore[operator, union-attr]
+                yield module, name, parametrization.original
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_is_reproducible_and_tied_as_the_table_says(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.build()
+    assert sum(len(group) - 1 for group in ties(model)) == architecture.ties
+    assert_same_bits(evaluate(model, architecture), evaluate(architecture.build(), architecture))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(model.parameters(), architecture.build(1).parameters(), strict=True)
+    )
+
+
+@each_job
+def test_at_beta_1_no_output_and_no_gradient_of_the_original_changes_a_bit(job: str) -> None:
+    architecture = ARCHITECTURES[job.split("-")[0]]
+    technique = TECHNIQUES[job.split("-")[1]]
+    plain, model = architecture.build(), architecture.build()
+    parameters = dict(model.named_parameters())
+    vanishing.prepare(model, vanishing.Recipe(rules={"*": technique}, schedule=vanishing.LinearSchedule(steps=4)))
+    outputs = []
+    for each in (plain, model):
+        batch = architecture.batch()
+        result = each(**batch)
+        loss_of(result).backward()
+        outputs.append(tensors_of(result))
+    assert_same_bits(*outputs)
+    for name, parameter in plain.named_parameters():
+        assert_same_bits(parameters[name].grad, parameter.grad, name)
+    original = set(parameters.values())
+    others = [parameter for parameter in model.parameters() if parameter not in original]
+    assert all(p.grad is None or not p.grad.any() for p in others)
+    assert_same_bits(evaluate(model, architecture), evaluate(plain, architecture))
+
+
+@each_job
+def test_at_beta_0_the_original_has_no_influence(job: str) -> None:
+    run = Run(job).train(SPLIT)
+    assert 0 < run.transition.beta < 1
+    with run.transition.compressed():
+        before = run.outputs()
+        assert all(tensor.isfinite().all() for tensor in before)
+        with torch.no_grad():
+            for module, name, latent in blended_weights(run.model):
+                if "low_rank" in job:
+                    latent.fill_(torch.nan)
+                elif "pruned" in job:
+                    # Smaller than before and of the other sign, so that the same weights are pruned.
+                    latent.copy_(torch.where(getattr(module, name) == 0, -0.5 * latent, latent))
+        after = run.outputs()
+    assert_same_bits(before, after)
+    if "low_rank" in job:
+        assert any(not tensor.isfinite().all() for tensor in run.outputs())
+
+
+@each_job
+def test_a_split_run_changes_no_bit(job: str, tmp_path: Path) -> None:
+    whole = Run(job).train(SPLIT)
+    torch.save(whole.state(), tmp_path / "state")
+    whole.train(END)
+    split = Run(job).load(torch.load(tmp_path / "state"))
+    assert split.transition.steps_done == SPLIT
+    split.train(END)
+    assert_same_bits(split.state(), whole.state())
+    assert_same_bits(split.outputs(), whole.outputs())
+
+
+def assert_resumes_in_a_new_process(jobs: list[str], folder: Path) -> None:
+    expected = {}
+    for job in jobs:
+        run = Run(job).train(SPLIT)
+        torch.save(run.state(), folder / f"{job}.before")
+        run.train(END)
+        expected[job] = run.state() | {"outputs": run.outputs()}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, resume_worker.__file__, str(folder), *jobs]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    for job in jobs:
+        assert_same_bits(torch.load(folder / f"{job}.after"), expected[job], job)
+
+
+def test_a_run_continues_in_a_new_process_with_the_same_bits(tmp_path: Path) -> None:
+    assert_resumes_in_a_new_process(FAST_RESUMES, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_every_architecture_continues_in_a_new_process_with_the_same_bits(technique: str, tmp_path: Path) -> None:
+    jobs = [f"{architecture}-{technique}" for architecture in ARCHITECTURES]
+    assert_resumes_in_a_new_process(jobs, tmp_path)
+
+
+@each_job
+def test_a_finished_model_is_plain_small_and_survives_the_file(job: str, tmp_path: Path) -> None:
+    run = Run(job).train(END)
+    architecture = run.architecture
+    expected = run.outputs()
+
+    model = run.transition.finish()
+    assert model is run.model
+    finished = run.outputs()
+    for got, wanted in zip(finished, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    original = architecture.build(1)
+    assert_plain(model, original)
+    assert ties(model) == ties(original)
+
+    vanishing.save(model, tmp_path / "small")
+    dense = sum(tensor.nbytes for tensor in (*original.parameters(), *original.buffers()))
+    assert (tmp_path / "small" / "model.safetensors").stat().st_size < dense
+    loaded = load(tmp_path / "small", architecture)
+    assert_plain(loaded, original)
+    assert ties(loaded) == ties(original)
+    assert_same_bits(evaluate(loaded, architecture), evaluate(model, architecture))
+
+
+def load(path: Path, architecture: Architecture) -> nn.Module:
+    """Load a model alone where its folder tells the architecture, else into a fresh one with other weights."""
+    return vanishing.load(path) if architecture.huggingface else vanishing.load(path, architecture.build(1))
