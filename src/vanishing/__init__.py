@@ -25,6 +25,8 @@ from vanishing.schedules import (
     SigmoidSchedule,
     StepSchedule,
 )
+from vanishing.serialization import load, save
+from vanishing.summary import Size, Summary, SummaryRow, summary
 from vanishing.transition import Transition, prepare
 
 __version__ = "0.1.0"

@@ -9,12 +9,13 @@ import operator
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from vanishing.layers.base import Layout
-from vanishing.manifest import DenseTensor, PackedTensor, SparseTensor, TensorEntry
+from vanishing.manifest import DenseTensor, DType, PackedTensor, SparseTensor, TensorEntry
 from vanishing.receipt import Grid
 
 _HEADER_BYTES = 100
@@ -78,7 +79,9 @@ def decode(entry: TensorEntry, parts: Mapping[str, Tensor]) -> Tensor:
         return parts[""]
     if isinstance(entry, SparseTensor):
         mask = _unpack_mask(parts["mask"], entry.count, entry.kept)
-        return torch.zeros(entry.count, dtype=dtype_of(entry)).masked_scatter_(mask, parts["values"]).reshape(entry.shape)
+        return (
+            torch.zeros(entry.count, dtype=dtype_of(entry)).masked_scatter_(mask, parts["values"]).reshape(entry.shape)
+        )
     return _decode_packed(entry, parts)
 
 
@@ -88,14 +91,14 @@ def dtype_of(entry: TensorEntry) -> torch.dtype:
     return dtype
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> DType:
     """Return the name of a type in the manifest."""
-    return str(dtype).removeprefix("torch.")
+    return cast(DType, str(dtype).removeprefix("torch."))
 
 
 def checksum(tensor: Tensor) -> int:
     """Return the CRC-32 of a contiguous CPU tensor's bytes."""
-    return zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def suffixes(entry: TensorEntry) -> set[str]:
@@ -104,7 +107,11 @@ def suffixes(entry: TensorEntry) -> set[str]:
         return {""}
     if isinstance(entry, SparseTensor):
         return {"mask", "values"}
-    return {"codes", "scale"} | ({"zero_point"} if entry.zero_point else set()) | ({"mask"} if entry.kept is not None else set())
+    return (
+        {"codes", "scale"}
+        | ({"zero_point"} if entry.zero_point else set())
+        | ({"mask"} if entry.kept is not None else set())
+    )
 
 
 def parts_problem(entry: TensorEntry, found: Mapping[str, tuple[str, list[int]]]) -> str | None:
@@ -197,14 +204,16 @@ def _packings(tensor: Tensor, grid: Grid, kept: int) -> list[_Attempt]:
 
 
 def _dense(tensor: Tensor) -> Encoded:
-    entry = DenseTensor(dtype=_name(tensor), shape=list(tensor.shape), crc32=checksum(tensor))
+    entry = DenseTensor(dtype=dtype_name(tensor.dtype), shape=list(tensor.shape), crc32=checksum(tensor))
     return Encoded(entry, {"": tensor}, off_grid=False)
 
 
 def _sparse(tensor: Tensor) -> Encoded:
     mask = tensor.reshape(-1) != 0
     parts = {"mask": pack(mask.to(torch.uint8), 1), "values": tensor.reshape(-1)[mask]}
-    entry = SparseTensor(dtype=_name(tensor), shape=list(tensor.shape), crc32=0, kept=parts["values"].numel())
+    entry = SparseTensor(
+        dtype=dtype_name(tensor.dtype), shape=list(tensor.shape), crc32=0, kept=parts["values"].numel()
+    )
     return Encoded(entry.model_copy(update={"crc32": checksum(decode(entry, parts))}), parts, off_grid=False)
 
 
@@ -223,7 +232,7 @@ def _packed(tensor: Tensor, grid: Grid, *, masked: bool) -> Encoded | None:
     # A model that was cast after it was finished holds values that were computed in float32 and rounded once.
     for arithmetic in dict.fromkeys((tensor.dtype, torch.promote_types(tensor.dtype, torch.float32))):
         entry = PackedTensor(
-            dtype=_name(tensor),
+            dtype=dtype_name(tensor.dtype),
             shape=list(tensor.shape),
             crc32=0,
             bits=grid.bits,
@@ -286,7 +295,3 @@ def _unpack_mask(packed: Tensor, count: int, kept: int) -> Tensor:
     if int(mask.sum()) != kept:
         raise ValueError(f"its mask keeps {int(mask.sum())} values and {kept} are stored")
     return mask
-
-
-def _name(tensor: Tensor) -> str:
-    return dtype_name(tensor.dtype)

@@ -84,7 +84,7 @@ class PretrainedFolder:
             import transformers
         except ImportError:
             raise FileError(
-                f"{folder} holds a model of transformers, which is not installed: pip install 'vanishing[transformers]'."
+                f"{folder} holds a model of transformers. Install that library: pip install 'vanishing[transformers]'."
             ) from None
         self._transformers: Any = transformers
         self._settings = self._read_settings()
@@ -153,7 +153,9 @@ class PretrainedFolder:
         most = max(2**20, 64 * largest)
         for key, value in _walk(data):
             if key in _LOADS_CODE and value is not None:
-                raise FileError(f"{self._folder / CONFIG} sets {key!r}, which a file may not. Remove it and save again.")
+                raise FileError(
+                    f"{self._folder / CONFIG} sets {key!r}, which a file may not. Remove it and save again."
+                )
             if isinstance(value, int) and abs(value) > most:
                 raise FileError(f"{self._folder / CONFIG}: {key} = {value} is far beyond the weights in the file.")
         return data
@@ -161,7 +163,7 @@ class PretrainedFolder:
     def _find_type(self) -> Any:
         names = self._settings.get("architectures")
         name = names[0] if isinstance(names, list) and names else None
-        found = getattr(self._transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+        found: Any = getattr(self._transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
         if not isinstance(found, type) or not issubclass(found, self._transformers.PreTrainedModel):
             raise FileError(
                 f"{self._folder / CONFIG} names the architecture {name!r}, which is not a model of transformers "

@@ -211,7 +211,9 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
         what = "is not a folder" if not folder.is_dir() else f"has no {MANIFEST}"
         raise FileError(f"{folder} {what}: it is not a model that vanishing saved. Give the folder that save() wrote.")
     if path.stat().st_size > _MOST_BYTES:
-        raise FileError(f"{path} has more than {_MOST_BYTES:,} bytes, which no saved model needs. Save the model again.")
+        raise FileError(
+            f"{path} has more than {_MOST_BYTES:,} bytes, which no saved model needs. Save the model again."
+        )
     try:
         data = json.loads(path.read_bytes())
         if not isinstance(data, dict) or data.get("format") != "vanishing":

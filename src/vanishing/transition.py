@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from vanishing.batchnorm import reestimate_batchnorm
 from vanishing.compressors import Compressor, Moment, WeightCompressor
 from vanishing.errors import TransitionError
+from vanishing.inputs import call
 from vanishing.optimizers import OptimizerWatch, held_ids, join, leave
 from vanishing.plan import make_plan
 from vanishing.receipt import FinishedLayer, Receipt, attach_receipt
@@ -360,23 +361,12 @@ class Transition:
                 )
         self._checked_optimizers = len(optimizers)
 
-    @torch.no_grad()
     def _example_outputs(self) -> list[Tensor]:
         """The model's floating outputs for the example inputs, in evaluation mode; none without example inputs."""
         if self._example_inputs is None:
             return []
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            inputs = self._example_inputs
-            if isinstance(inputs, Mapping):
-                outputs = self.model(**inputs)
-            else:
-                outputs = self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        return [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+        outputs = torch.utils._pytree.tree_leaves(call(self.model, self._example_inputs))
+        return [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
 
     def _compare(self, before: list[Tensor], after: list[Tensor]) -> None:
         for old, new in zip(before, after, strict=True):

@@ -13,7 +13,7 @@ except ImportError as error:
     raise ImportError("the digits need scikit-learn: pip install 'vanishing[demo]'") from error
 
 
-def digits_task(seed: int, *, batch_size: int = 64) -> Task:
+def digits_task(seed: int, *, batch_size: int = 32) -> Task:
     """Return the digits with a small vision transformer.
 
     Args:

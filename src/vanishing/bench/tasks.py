@@ -87,7 +87,7 @@ class SmallViT(nn.Module):
         super().__init__()
         self.patch = patch
         self.embed = nn.Linear(patch**2, width)
-        self.position = nn.Parameter(0.02 * torch.randn((image // patch) ** 2, width))
+        self.position = nn.Parameter(0.5 * torch.randn((image // patch) ** 2, width))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
@@ -109,8 +109,8 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return tokens (batch, tokens, width) after the block."""

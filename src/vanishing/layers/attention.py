@@ -5,7 +5,7 @@ Its output projection is a linear layer of its own, and is matched as one.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from vanishing.layers.base import LayerKind, Layout, register_kind, row_layout
 
@@ -24,3 +24,6 @@ class MultiheadAttentionKind(LayerKind):
 
     def layout(self, module: nn.Module, shape: tuple[int, ...]) -> Layout:
         return row_layout(shape)
+
+    def positions(self, module: nn.Module, input: Tensor, output: Tensor) -> int:
+        return input.numel() // input.shape[-1]

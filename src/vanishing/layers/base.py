@@ -100,6 +100,11 @@ class Factored(nn.Sequential):
         return self.left.shape[-1]
 
     @property
+    def rows(self) -> int:
+        """The number of output channels."""
+        return self._layout.rows
+
+    @property
     def left(self) -> Tensor:
         """The factor with the output channels, (groups, rows / groups, rank), a view of a layer's weight."""
         weight = self[0].weight if self._first_has_rows else self[1].weight
@@ -173,6 +178,11 @@ class LayerKind(ABC):
     def base_forward(self, module: nn.Module) -> Callable[..., Any] | None:
         """Return the plain layer's own forward, to compare a subclass with; None where there is none to compare."""
         return None
+
+    def positions(self, module: nn.Module, input: Tensor, output: Tensor) -> int | None:
+        """Return how many times a forward pass multiplies with the weight (tokens, pixels); None where nobody can tell."""
+        shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+        return output.numel() // self.layout(module, shape).rows
 
     def probe_input(self, module: nn.Module) -> Tensor | None:
         """Return a small random input for the layer, None where any would be a guess."""

@@ -98,6 +98,10 @@ class TransposedConvolutionKind(LayerKind):
         assert isinstance(module, nn.modules.conv._ConvNd)
         return module.groups
 
+    def positions(self, module: nn.Module, input: Tensor, output: Tensor) -> int:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        return input.numel() // module.in_channels
+
     def base_forward(self, module: nn.Module) -> Callable[..., Any]:
         return _TRANSPOSED[_dimensions(module)].forward
 

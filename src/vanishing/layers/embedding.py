@@ -34,6 +34,9 @@ class EmbeddingKind(LayerKind):
             return "sparse gradients do not pass through a blended weight. Set sparse=False"
         return None
 
+    def positions(self, module: nn.Module, input: Tensor, output: Tensor) -> int:
+        return 0
+
     def base_forward(self, module: nn.Module) -> Callable[..., Any]:
         return nn.Embedding.forward
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from vanishing.layers.base import LayerKind, Layout, register_kind, row_layout
@@ -33,3 +33,7 @@ class ExpertsKind(LayerKind):
 
     def layout(self, module: nn.Module, shape: tuple[int, ...]) -> Layout:
         return row_layout(shape, row_dimensions=2)
+
+    def positions(self, module: nn.Module, input: Tensor, output: Tensor) -> None:
+        # Which experts a token visits is the router's choice.
+        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from vanishing.layers.base import LayerKind, Layout, register_kind, row_layout
 
@@ -22,3 +22,6 @@ class RecurrentKind(LayerKind):
 
     def layout(self, module: nn.Module, shape: tuple[int, ...]) -> Layout:
         return row_layout(shape)
+
+    def positions(self, module: nn.Module, input: Tensor, output: Tensor) -> int:
+        return input.numel() // input.shape[-1]

@@ -1,0 +1,159 @@
+"""The one training loop of the benchmark, and what a run of it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vanishing.bench.arms import Arm
+from vanishing.bench.tasks import Task
+from vanishing.compressors import Compressor
+from vanishing.serialization import load, save
+from vanishing.transition import prepare
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every strategy may spend: the same steps at the same learning rate.
+
+    Args:
+        steps: optimizer steps in all.
+        fade_steps: the length Q of the fade. The learning rate stays high through it, and falls linearly to 0 after it.
+        learning_rate: AdamW's, while it is high.
+        evaluations: times that a model is evaluated on its way.
+    """
+
+    steps: int
+    fade_steps: int
+    learning_rate: float
+    evaluations: int = 12
+
+    def rate(self, step: int) -> float:
+        """Return the share of the learning rate for the step after `step` optimizer steps."""
+        return min(1.0, (self.steps - step) / (self.steps - self.fade_steps))
+
+    def evaluates(self, step: int) -> bool:
+        """Return whether a model is evaluated after `step` optimizer steps."""
+        return step * self.evaluations // self.steps != (step - 1) * self.evaluations // self.steps
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model on its way.
+
+    Args:
+        step: optimizer steps done.
+        beta: the original's share.
+        blend: test accuracy of the model as it is trained.
+        shipped: test accuracy with beta = 0, of what would be shipped now.
+    """
+
+    step: int
+    beta: float
+    blend: float
+    shipped: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A model that was saved and loaded again.
+
+    Args:
+        seed: the seed of its task.
+        accuracy: test accuracy of the loaded model.
+        file_bytes: size of everything that was saved.
+    """
+
+    seed: int
+    accuracy: float
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One technique by one strategy with one seed.
+
+    Args:
+        technique: name of the technique.
+        arm: name of the strategy.
+        outcome: the finished model.
+        curve: the way to it.
+    """
+
+    technique: str
+    arm: str
+    outcome: Outcome
+    curve: tuple[Point, ...]
+
+
+def train_dense(task: Task, budget: Budget, folder: Path, on_step: Callable[[], None]) -> tuple[dict[str, Tensor], Outcome]:
+    """Train the original from random weights; return its state and how good and how large it is."""
+    torch.manual_seed(task.seed)
+    model = task.make_model()
+    _train(task, model, budget, on_step)
+    return model.state_dict(), _outcome(task, model, folder)
+
+
+def fine_tune(
+    task: Task, dense: dict[str, Tensor], compressor: Compressor, arm: Arm, budget: Budget, folder: Path, on_step: Callable[[], None]
+) -> tuple[Outcome, tuple[Point, ...]]:
+    """Compress a trained original by one strategy.
+
+    Args:
+        task: the task.
+        dense: the state of the original.
+        compressor: the technique.
+        arm: the strategy.
+        budget: steps and learning rate.
+        folder: where the finished model is saved.
+        on_step: called after every optimizer step.
+
+    Returns:
+        The finished model's outcome, and the way to it.
+    """
+    torch.manual_seed(task.seed)
+    model = task.make_model()
+    model.load_state_dict(dense)
+    transition = prepare(model, arm.recipe({task.layers: compressor}, budget.fade_steps))
+
+    def evaluate() -> Point:
+        blend = task.accuracy(model)
+        shipped = blend
+        if transition.beta > 0.0:
+            with transition.compressed():
+                shipped = task.accuracy(model)
+        return Point(transition.steps_done, transition.beta, blend, shipped)
+
+    curve = [evaluate()]
+
+    def after_step() -> None:
+        transition.step()
+        if budget.evaluates(transition.steps_done):
+            curve.append(evaluate())
+        on_step()
+
+    _train(task, model, budget, after_step)
+    transition.finish()
+    return _outcome(task, model, folder), tuple(curve)
+
+
+def _train(task: Task, model: nn.Module, budget: Budget, after_step: Callable[[], None]) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=budget.learning_rate)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, budget.rate)
+    for batch in task.batches(budget.steps):
+        task.loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+        after_step()
+
+
+def _outcome(task: Task, model: nn.Module, folder: Path) -> Outcome:
+    save(model, folder)
+    loaded = load(folder, task.make_model())
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return Outcome(task.seed, task.accuracy(loaded), size)

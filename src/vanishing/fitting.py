@@ -1,0 +1,188 @@
+"""Bringing a saved structure and saved weights into a fresh model: all of it, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from vanishing.compressors import BlockCompressor
+from vanishing.encodings import dtype_name
+from vanishing.errors import ConfigError, FileError
+from vanishing.layers import factor
+from vanishing.manifest import DType, LayerEntry, Manifest, join
+from vanishing.sites import put_in_place
+
+_BUILD = "Build the original architecture, with the settings that it had when it was compressed."
+_TYPES = get_args(DType)
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers of a model by name, the objects themselves.
+
+    Raises:
+        FileError: something in the model's state is no plain tensor of a type that the file can hold.
+    """
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
+            raise FileError(
+                f"{name!r} is a {type(value).__name__}: only plain tensors can be saved and loaded. Run a lazy model "
+                "once, gather a sharded one."
+            )
+        if dtype_name(value.dtype) not in _TYPES:
+            raise FileError(
+                f"{name!r} is of the type {dtype_name(value.dtype)}, which has no place in the file. Cast it."
+            )
+    return state
+
+
+def identity(tensor: Tensor) -> Hashable:
+    """Return what is equal for two names of one tensor, and only for those."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def is_below(name: str, module: str) -> bool:
+    """Whether a name is that of a module or of something in it."""
+    return not module or name == module or name.startswith(f"{module}.")
+
+
+def rebuilt_names(manifest: Manifest, model: nn.Module) -> tuple[str, ...]:
+    """Return every name in the model of the modules that the manifest has factored or replaced."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    rebuilt = {id(modules[n]) for n, entry in manifest.modules.items() if entry.structure != "weight" and n in modules}
+    return tuple(name for name, module in modules.items() if id(module) in rebuilt)
+
+
+@contextlib.contextmanager
+def rebuild(folder: Path, manifest: Manifest, model: nn.Module) -> Iterator[nn.Module]:
+    """Put the factored layers and replaced blocks of a manifest in their places; an error inside takes them out again.
+
+    Yields:
+        The model, or what replaced it if the model itself is a block that was replaced.
+
+    Raises:
+        FileError: the model lacks a module, or it cannot be rebuilt.
+    """
+    undo: list[tuple[nn.Module, nn.Module]] = []
+    try:
+        # A block comes before what is in it.
+        for name in sorted(manifest.modules, key=lambda name: name.count(".") if name else -1):
+            entry = manifest.modules[name]
+            if entry.structure == "weight":
+                continue
+            try:
+                old = model.get_submodule(name)
+            except AttributeError:
+                raise FileError(f"{folder} has a module {name!r} and the model has none. {_BUILD}") from None
+            try:
+                new = _rebuilt(manifest, name, entry, old)
+            except (ConfigError, TypeError, ValueError) as error:
+                raise FileError(
+                    f"{folder}: the {entry.structure} module {name!r} cannot be rebuilt: {error}"
+                ) from error
+            put_in_place(model, old, new)
+            undo.append((old, new))
+            model = new if old is model else model
+        yield model
+    except BaseException:
+        for old, new in reversed(undo):
+            model = old if new is model else model
+            put_in_place(model, new, old)
+        raise
+
+
+def _rebuilt(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module) -> nn.Module:
+    if entry.rank is None:
+        return BlockCompressor.from_dict(entry.compressor).build(module)
+    first = manifest.entry(join(name, "0.weight"))
+    if first is None or entry.rank > max(first.shape, default=0):
+        raise ValueError(f"the file holds no factors of rank {entry.rank}. Save the model again.")
+    return factor(module, entry.rank).train(module.training)
+
+
+def check_fit(folder: Path, manifest: Manifest, model: nn.Module, *, unseen: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Return the model's state, all of which has a value of its shape and kind in the file.
+
+    Args:
+        folder: the folder.
+        manifest: its manifest.
+        model: the model; may be on the meta device.
+        unseen: names of modules that do not have their structure yet and are not looked at.
+
+    Raises:
+        FileError: names, shapes or types differ.
+    """
+    state = plain_state(model)
+
+    def seen(names: set[str]) -> list[str]:
+        return sorted(name for name in names if not any(is_below(name, module) for module in unseen))
+
+    problems = [f"{name!r} is not in the file" for name in seen(state.keys() - manifest.names)]
+    problems += [f"{name!r} is not in the model" for name in seen(manifest.names - state.keys())]
+    for name in seen(state.keys() & manifest.names):
+        entry, tensor = manifest.entry(name), state[name]
+        assert entry is not None
+        both_floating = tensor.is_floating_point() and getattr(torch, entry.dtype).is_floating_point
+        if list(tensor.shape) != entry.shape:
+            problems.append(f"{name!r} has shape {entry.shape} in the file and {list(tensor.shape)} in the model")
+        elif dtype_name(tensor.dtype) != entry.dtype and not both_floating:
+            problems.append(f"{name!r} is {entry.dtype} in the file and {dtype_name(tensor.dtype)} in the model")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise FileError(f"{folder} does not fit the model: {'; '.join(problems[:3])}{more}. {_BUILD}")
+    return state
+
+
+class Fit:
+    """Saved values on their way into a model of their structure.
+
+    Args:
+        folder: the folder.
+        manifest: its manifest.
+        model: the model, with the saved structure.
+        values: the decoded tensors.
+
+    Raises:
+        FileError: the values do not fit the model; it was not changed.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+        state = check_fit(folder, manifest, model)
+        sources: dict[Hashable, str] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._exchanges: list[tuple[Tensor, Tensor]] = []
+        for name, target in state.items():
+            source = manifest.ties.get(name, name)
+            first = sources.setdefault(identity(target), source)
+            if first != source and not torch.equal(values[first], values[source]):
+                raise FileError(
+                    f"{folder}: {name!r} and {first!r} are one tensor in the model, two in the file. {_BUILD}"
+                )
+            if target.is_meta:
+                raise FileError(
+                    f"{folder}: {name!r} of the model is on the meta device. Build the model on a real one."
+                )
+            expanded = any(step == 0 and size > 1 for step, size in zip(target.stride(), target.shape, strict=True))
+            if expanded or target.dtype != values[source].dtype:
+                # Memory is taken here, so that `assign` has no reason to fail half way.
+                self._exchanges.append((target, values[source].to(target.device, copy=True)))
+            else:
+                self._copies.append((target, values[source]))
+        for name, buffer in model.named_buffers(remove_duplicate=False):
+            dtype = getattr(torch, manifest.buffers.get(name, dtype_name(buffer.dtype)))
+            if name not in state and buffer.dtype != dtype and buffer.is_floating_point() and dtype.is_floating_point:
+                self._exchanges.append((buffer, buffer.detach().to(dtype)))
+
+    def assign(self) -> None:
+        """Give the model its weights, in their saved types, and its other buffers the types that they had."""
+        for target, value in self._copies:
+            target.data.copy_(value)
+        for target, value in self._exchanges:
+            target.data = value

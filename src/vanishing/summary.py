@@ -1,0 +1,263 @@
+"""What a model weighs, layer by layer, before and after compression."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from vanishing.blend import BlendedBlock, blended_weights
+from vanishing.encodings import encode
+from vanishing.inputs import call
+from vanishing.layers import Factored, find_kind
+from vanishing.receipt import FinishedLayer, Grid, read_receipt
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a layer or a model.
+
+    Args:
+        parameters: number of parameters; tied ones count once, where they come first.
+        nonzeros: how many of them are not zero; None where the weights are gone.
+        bytes: what they take: in memory before, in the file after.
+        multiply_accumulates: products with the weights, for the example inputs or, without any, for one position (a
+            token, a pixel) of each layer; None where nobody can tell.
+    """
+
+    parameters: int
+    nonzeros: int | None
+    bytes: int
+    multiply_accumulates: int | None
+
+    def __add__(self, other: Size) -> Size:
+        values = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Size(*(None if a is None or b is None else a + b for a, b in values))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One layer: its full name, its type, the technique ("" for none) and its size before and after."""
+
+    name: str
+    layer: str
+    technique: str
+    before: Size
+    after: Size
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Every layer that has parameters, and the total; printed, a table."""
+
+    rows: tuple[SummaryRow, ...]
+
+    @property
+    def before(self) -> Size:
+        """The whole model before compression."""
+        return sum((row.before for row in self.rows), Size(0, 0, 0, 0))
+
+    @property
+    def after(self) -> Size:
+        """The whole model after compression."""
+        return sum((row.after for row in self.rows), Size(0, 0, 0, 0))
+
+    def __str__(self) -> str:
+        table = Table("layer", "type", "technique", show_footer=True)
+        table.columns[0].footer = "total"
+        total_before, total_after = dataclasses.astuple(self.before), dataclasses.astuple(self.after)
+        for position, field in enumerate(dataclasses.fields(Size)):
+            footer = _change(total_before[position], total_after[position])
+            table.add_column(field.name.replace("_", "-"), footer, justify="right")
+        for row in self.rows:
+            sizes = zip(dataclasses.astuple(row.before), dataclasses.astuple(row.after), strict=True)
+            table.add_row(row.name, row.layer, row.technique, *(_change(a, b) for a, b in sizes))
+        console = Console(file=io.StringIO(), width=200)
+        console.print(table)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return text
+
+
+def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
+    """Return per layer and in total: parameters, non-zeros, bytes and multiply-accumulates, before and after.
+
+    For a finished or loaded model this compares with the original; for a model in transition with what it will be;
+    for any other model nothing differs. A layer that was not compressed weighs in the file what `save` would write.
+
+    Args:
+        model: any model.
+        example_inputs: one batch (a tensor, a tuple of arguments or a mapping of keywords) to count the positions of
+            every layer with; the model runs once, without gradients and in evaluation mode.
+
+    Raises:
+        ValueError: the model has no parameters.
+
+    >>> small = summary(nn.Linear(4, 2))
+    >>> small.after.parameters
+    10
+    """
+    receipt = read_receipt(model)
+    finished = {} if receipt is None else receipt.layers
+    layers = list(_layers(model, finished))
+    if not layers:
+        raise ValueError(f"summary: {type(model).__name__} has no parameters to sum up.")
+    positions = _count_positions(model, [module for _, module in layers], example_inputs)
+    seen: set[int] = set()
+    rows = (_row(name, module, finished.get(name), positions.get(module), seen) for name, module in layers)
+    return Summary(tuple(rows))
+
+
+def _layers(model: nn.Module, finished: dict[str, FinishedLayer]) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that is one row: with parameters of its own, or standing for a layer or block as a whole."""
+    whole: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{prefix}.") for prefix in whole):
+            continue
+        replaced = name in finished and finished[name].structure == "replaced"
+        if isinstance(module, (Factored, BlendedBlock)) or parametrize.is_parametrized(module) or replaced:
+            whole.append(name)
+            yield name, module
+        elif any(True for _ in module.parameters(recurse=False)):
+            yield name, module
+
+
+def _row(
+    name: str, module: nn.Module, finished: FinishedLayer | None, positions: int | None, seen: set[int]
+) -> SummaryRow:
+    after = [(t, g) for t, g, identity in _final_tensors(module, finished) if _is_new(identity, seen)]
+    size = Size(
+        parameters=sum(t.numel() for t, _ in after),
+        nonzeros=sum(int(t.count_nonzero()) for t, _ in after),
+        bytes=sum(p.nbytes for t, g in after for p in encode(t, g).parts.values()),
+        multiply_accumulates=_products(module, positions),
+    )
+    technique = repr(finished.compressor) if finished is not None else ""
+    return SummaryRow(name, _type_name(module), technique, _size_before(module, finished, size, positions), size)
+
+
+def _is_new(identity: int, seen: set[int]) -> bool:
+    if identity in seen:
+        return False
+    seen.add(identity)
+    return True
+
+
+def _final_tensors(module: nn.Module, finished: FinishedLayer | None) -> Iterator[tuple[Tensor, Grid | None, int]]:
+    """The parameters that a row will have in the end, each with its grid and the identity of what it comes from."""
+    if isinstance(module, BlendedBlock):
+        yield from ((p.detach(), None, id(p)) for p in module.replacement.parameters())
+        return
+    blends = dict(blended_weights(module))
+    factors = next((b.form.factored for b in blends.values() if b.form.factored is not None), None)
+    if factors is not None:
+        for factor in factors:
+            yield from _final_tensors(factor, None)
+        return
+    for name, blend in blends.items():
+        original = module.parametrizations[name].original  # type: ignore[index,union-attr]
+        yield blend.form.compress(original).detach() + 0.0, blend.form.grid(original.detach()), id(original)
+    for name, parameter in module.named_parameters():
+        if not name.startswith("parametrizations."):
+            yield parameter.detach(), None if finished is None else finished.grids.get(name), id(parameter)
+
+
+def _size_before(module: nn.Module, finished: FinishedLayer | None, after: Size, positions: int | None) -> Size:
+    if finished is not None:
+        products = None if finished.structure == "replaced" else _dense_products(module, positions)
+        return Size(finished.parameters_before, None, finished.bytes_before, products)
+    if isinstance(module, BlendedBlock) or parametrize.is_parametrized(module):
+        original = list(_original_parameters(module))
+        count = sum(p.numel() for p in original)
+        nonzeros = sum(int(p.count_nonzero()) for p in original)
+        return Size(count, nonzeros, sum(p.nbytes for p in original), _dense_products(module, positions))
+    return after
+
+
+def _original_parameters(module: nn.Module) -> Iterator[Tensor]:
+    if isinstance(module, BlendedBlock):
+        yield from (p.detach() for p in module.original.parameters())
+        return
+    yield from (p.detach() for p in module.parameters(recurse=False))
+    yield from (module.parametrizations[name].original.detach() for name, _ in blended_weights(module))  # type: ignore[index,union-attr]
+
+
+def _products(module: nn.Module, positions: int | None) -> int | None:
+    """Multiply-accumulates of the form that is left."""
+    if positions is None:
+        return None
+    factors: Any = module if isinstance(module, Factored) else None
+    for _, blend in blended_weights(module):
+        factors = factors or blend.form.factored
+    if factors is not None:
+        return positions * (factors.left.numel() + factors.right.numel())
+    return _dense_products(module, positions)
+
+
+def _dense_products(module: nn.Module, positions: int | None) -> int | None:
+    """Multiply-accumulates of the layer before it was compressed."""
+    if positions is None:
+        return None
+    if isinstance(module, Factored):
+        return positions * module.weight.numel()
+    kind = find_kind(module)
+    return 0 if kind is None else positions * sum(getattr(module, n).numel() for n in kind.weight_names(module))
+
+
+def _count_positions(model: nn.Module, modules: list[nn.Module], example_inputs: Any) -> dict[nn.Module, int | None]:
+    """How often each layer multiplies with its weight: for the example inputs, or once."""
+    known: dict[nn.Module, int | None] = {}
+    for module in modules:
+        kind = find_kind(module)
+        if isinstance(module, (BlendedBlock, nn.Embedding)) or (kind is None and not isinstance(module, Factored)):
+            known[module] = None if isinstance(module, BlendedBlock) else 0
+        else:
+            known[module] = 1 if example_inputs is None else 0
+    if example_inputs is None:
+        return known
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        known[module] = _added(known[module], _positions(module, inputs, output))
+
+    counted = [m for m in modules if known[m] == 0 and not isinstance(m, nn.Embedding)]
+    handles = [module.register_forward_hook(count) for module in counted]
+    try:
+        call(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return known
+
+
+def _positions(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int | None:
+    if isinstance(module, Factored):
+        return int(output.numel() // module.rows) if isinstance(output, Tensor) else None
+    kind = find_kind(module)
+    if kind is None:
+        return 0
+    if not inputs or not isinstance(inputs[0], Tensor):
+        return None
+    return kind.positions(module, inputs[0], output)
+
+
+def _added(count: int | None, more: int | None) -> int | None:
+    return None if count is None or more is None else count + more
+
+
+def _type_name(module: nn.Module) -> str:
+    shown = module.original if isinstance(module, BlendedBlock) else module
+    name = type(shown).__name__
+    return name.removeprefix("Parametrized") if parametrize.is_parametrized(shown) else name
+
+
+def _change(before: int | None, after: int | None) -> str:
+    if before == after:
+        return "-" if after is None else f"{after:,}"
+    return f"{'-' if before is None else f'{before:,}'} → {'-' if after is None else f'{after:,}'}"
