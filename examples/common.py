@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vanishing
+from vanishing.schedules import Schedule
 
 DENSE = "dense"
 FADE_SHARE = 0.4
 EVALUATION_BATCH = 128
 
 # A strategy is nothing but a schedule of the original's share.
-STRATEGIES: dict[str, Callable[[int], vanishing.Schedule]] = {
+STRATEGIES: dict[str, Callable[[int], Schedule]] = {
     "post-shot": lambda fade: vanishing.StepSchedule(at=0),
     "dense-then-compress": lambda fade: vanishing.StepSchedule(at=fade),
     "vcon": lambda fade: vanishing.LinearSchedule(steps=fade),
@@ -149,7 +150,9 @@ def accuracy(task: Task, model: nn.Module) -> float:
     return hits / len(task.test.labels)
 
 
-def run_arm(task: Task, arm: Arm, compressor: vanishing.Compressor | None, report: Callable[[], None]) -> dict[str, Any]:
+def run_arm(
+    task: Task, arm: Arm, compressor: vanishing.Compressor | None, report: Callable[[], None]
+) -> dict[str, Any]:
     """Train, finish, save, load into a fresh model, and measure that one."""
     torch.manual_seed(arm.seed)
     model = task.pretrained()
@@ -210,7 +213,9 @@ class Results:
         os.replace(partial, self.path)
 
 
-def parser(description: str | None, techniques: Mapping[str, vanishing.Compressor], output: str) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, techniques: Mapping[str, vanishing.Compressor], output: str
+) -> argparse.ArgumentParser:
     """Return the command line that both examples have."""
     arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--technique", nargs="+", choices=[DENSE, *techniques], default=[DENSE, *techniques])
@@ -242,9 +247,7 @@ def compare(task: Task, techniques: Mapping[str, vanishing.Compressor], options:
     console.print(f"Written to {options.output}")
 
 
-def chosen_arms(
-    task: Task, techniques: Mapping[str, vanishing.Compressor], options: argparse.Namespace
-) -> list[Arm]:
+def chosen_arms(task: Task, techniques: Mapping[str, vanishing.Compressor], options: argparse.Namespace) -> list[Arm]:
     """Return the arms that the command line asks for, dense first."""
     steps = options.steps or task.steps
     if steps < 3:

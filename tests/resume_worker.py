@@ -39,6 +39,7 @@ class Run:
         self.architecture: Architecture = ARCHITECTURES[name]
         self.model = self.architecture.build()
         self.recipe = vanishing.Recipe(rules={"*": TECHNIQUES[technique]}, schedule=LinearSchedule(steps=FADE))
+        self.plan = self.recipe.match(self.model)
         self.transition = vanishing.prepare(self.model, self.recipe)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
 

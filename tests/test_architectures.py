@@ -18,7 +18,7 @@ import resume_worker
 import vanishing
 from architectures import ARCHITECTURES, Architecture, loss_of, tensors_of
 from resume_worker import END, SPLIT, TECHNIQUES, Run, evaluate
-from vanishing.layers import Factored
+from vanishing.layers import Factored, Layout
 
 JOBS = [f"{architecture}-{technique}" for architecture in ARCHITECTURES for technique in TECHNIQUES]
 # One process for these: a tied head, experts, batch statistics, fused attention, recurrence, each with a technique.
@@ -89,6 +89,18 @@ def blended_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Param
         if parametrize.is_parametrized(module):
             for name, parametrization in module.parametrizations.items():  # type: ignore[operator, union-attr]
                 yield module, name, parametrization.original
+
+
+def assert_compressed(weight: Tensor, layout: Layout, job: str) -> None:
+    """Check that half of the weights are zero, and that a row has no more values than 4 bits can tell apart."""
+    matrix = layout.to_matrix(weight)
+    zeros = matrix.numel() - int(matrix.count_nonzero())
+    if "pruned" in job:
+        assert zeros >= round(matrix.numel() / 2)
+    if "quantized" in job:
+        assert max(row.unique().numel() for row in matrix) <= 16
+    else:
+        assert zeros == round(matrix.numel() / 2)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -183,15 +195,23 @@ def test_every_architecture_continues_in_a_new_process_with_the_same_bits(techni
 
 @each_job
 def test_a_finished_model_is_plain_small_and_survives_the_file(job: str, tmp_path: Path) -> None:
-    run = Run(job).train(END)
+    run = Run(job)
     architecture = run.architecture
-    expected = run.outputs()
+    matched = [row.name for row in run.plan.rows if row.outcome == "compress"]
+    assert len(matched) >= 1
+    expected = run.train(END).outputs()
 
     model = run.transition.finish()
     assert model is run.model
     finished = run.outputs()
     for got, wanted in zip(finished, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    for planned in run.plan.weights:
+        if "low_rank" in job:
+            assert {type(model.get_submodule(name)) for name in planned.names} == {Factored}
+        else:
+            assert_compressed(planned.layer.weight, planned.layer.layout, job)
+            assert all(getattr(module, name) is planned.layer.weight for module, name in planned.owners)
     original = architecture.build(1)
     assert_plain(model, original)
     assert ties(model) == ties(original)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -51,22 +51,26 @@ def encode(tensor: Tensor, grid: Grid | None = None) -> Encoded:
         grid: the values that it is thought to lie on; whether it does is found out.
     """
     tensor = tensor.detach().cpu().contiguous()
+    floating = tensor.dtype in FLOATS and tensor.numel() > 0
     attempts: list[_Attempt] = [(tensor.nbytes + _HEADER_BYTES, lambda: _dense(tensor))]
-    missed = grid is not None
-    if tensor.dtype in FLOATS and tensor.numel() > 0:
+    if floating:
         kept = int(torch.count_nonzero(tensor))
         mask_bytes = _packed_bytes(tensor.numel(), 1)
         attempts.append((mask_bytes + kept * tensor.element_size() + 2 * _HEADER_BYTES, lambda: _sparse(tensor)))
         if grid is not None and grid.layout.shape == tuple(tensor.shape):
             attempts += _packings(tensor, grid, kept)
-            missed = False
+    missed = False
     for _, attempt in sorted(attempts, key=operator.itemgetter(0)):
         found = attempt()
         if found is not None:
-            off_grid = missed and not isinstance(found.entry, PackedTensor)
-            return Encoded(found.entry, found.parts, off_grid)
+            break
         missed = True
-    raise AssertionError("a dense encoding always succeeds")
+    assert found is not None, "the dense form always gives the tensor back"
+    if grid is None or isinstance(found.entry, PackedTensor):
+        return found
+    fits = floating and grid.layout.shape == tuple(tensor.shape)
+    # Without a mask, a grid need not have the zeros that a weight has.
+    return replace(found, off_grid=not fits or (missed and _packed(tensor, grid, masked=True) is None))
 
 
 def decode(entry: TensorEntry, parts: Mapping[str, Tensor]) -> Tensor:

@@ -97,7 +97,7 @@ class PretrainedFolder:
             FileError: the configuration asks for far more than the weights in the file.
         """
         stored = sum(entry.count for entry in self._manifest.tensors.values())
-        most_values, most_parts = 10**8 + 256 * stored, 10_000 + 64 * len(self._manifest.names)
+        most_values, most_parts = 10**8 + 256 * stored, 2_000 + 64 * len(self._manifest.names)
         with _bounded(self._folder, most_values, most_parts), torch.device("meta"):
             model = self._build()
         if sum(buffer.numel() for buffer in model.buffers()) > most_values:
@@ -203,7 +203,10 @@ def _bounded(folder: Path, most_values: int, most_parts: int) -> Iterator[None]:
 
 
 def _too_large(folder: Path) -> FileError:
-    return FileError(f"{folder / CONFIG} describes a model that is far larger than the weights in the file.")
+    return FileError(
+        f"{folder / CONFIG} describes a model that is far larger than the weights in the file. If that is so on purpose, "
+        "build it yourself and call vanishing.load(path, model)."
+    )
 
 
 def _walk(data: dict[str, Any]) -> Iterator[tuple[str, Any]]:
