@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-
 from workload import ARMS, Workload, dense, make_step
 
 WARM_UP = 2
@@ -56,7 +55,9 @@ def _line(peak: Peak, baseline: Peak) -> str:
     tensors = f"{peak.tensor_bytes / MIB:12.1f}{peak.tensor_bytes / baseline.tensor_bytes:8.3f}"
     if not baseline.resident_bytes:
         return f"{peak.arm:34}{tensors}"
-    return f"{peak.arm:34}{tensors}{peak.resident_bytes / MIB:14.1f}{peak.resident_bytes / baseline.resident_bytes:8.3f}"
+    return (
+        f"{peak.arm:34}{tensors}{peak.resident_bytes / MIB:14.1f}{peak.resident_bytes / baseline.resident_bytes:8.3f}"
+    )
 
 
 def _in_new_process(measure: Callable[[Workload, str], int], workload: Workload, arm: str) -> int:

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-
 from workload import ARMS, Workload, dense, make_step
 
 

@@ -52,7 +52,7 @@ Prepare = Callable[[nn.Module], Advance]
 
 
 def make_step(workload: Workload, prepare: Prepare) -> Callable[[], None]:
-    """Return one whole training step of an arm: clear gradients, forward, loss, backward, AdamW, and the arm's clock."""
+    """Return one training step of an arm: clear gradients, forward, loss, backward, AdamW, the clock of the arm."""
     model = workload.model()
     advance = prepare(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -96,7 +96,9 @@ class TwoPaths(nn.Module):
         self.original = original
         self.beta = beta
         magnitude = original.weight.detach().abs()
-        self.register_buffer("mask", magnitude > magnitude.flatten().kthvalue(round(sparsity * magnitude.numel())).values)
+        self.register_buffer(
+            "mask", magnitude > magnitude.flatten().kthvalue(round(sparsity * magnitude.numel())).values
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.original.weight

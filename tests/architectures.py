@@ -25,12 +25,17 @@ class Architecture:
         inputs: returns random keyword arguments of `forward` for a batch.
         ties: number of parameter names that are another name of an earlier parameter.
         huggingface: whether the model can be rebuilt from its own `config.json`.
+        own_forward: whether its layers compute something else than PyTorch's with the same weight (a weight that is
+            standardized first, for instance), so that two plain layers cannot take the place of one.
+        slow: whether only the slow tests run it.
     """
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], Inputs]
     ties: int = 0
     huggingface: bool = False
+    own_forward: bool = False
+    slow: bool = False
 
     def build(self, seed: int = 0) -> nn.Module:
         """Return the model with the random weights of a seed, in training mode."""
@@ -143,6 +148,14 @@ def _bert() -> Any:
     return transformers.BertForSequenceClassification(config)
 
 
+def _albert() -> Any:
+    config = transformers.AlbertConfig(
+        vocab_size=VOCABULARY, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=32, num_labels=CLASSES,
+    )  # fmt: skip
+    return transformers.AlbertForSequenceClassification(config)
+
+
 def _distilbert() -> Any:
     config = transformers.DistilBertConfig(
         vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=32,
@@ -240,6 +253,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vit": Architecture(_vit, pixel_values, huggingface=True),
     "swin": Architecture(_swin, pixel_values, huggingface=True),
     "bert": Architecture(_bert, masked_tokens, huggingface=True),
+    "albert": Architecture(_albert, masked_tokens, huggingface=True),
     "distilbert": Architecture(_distilbert, masked_tokens, huggingface=True),
     "gpt2": Architecture(_gpt2, tokens, ties=1, huggingface=True),
     "llama": Architecture(_llama, tokens, huggingface=True),
@@ -253,7 +267,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "timm_swin": Architecture(_timm("swin_tiny_patch4_window7_224", **TIMM_SWIN), images),
     "timm_convnext": Architecture(_timm("convnext_atto", **TIMM_CONVNEXT), images),
     "timm_resnet": Architecture(_timm("resnet10t", **TIMM_RESNET), images),
-    "timm_efficientnet": Architecture(_timm("efficientnet_lite0"), images),
+    "timm_efficientnet": Architecture(_timm("test_efficientnet"), images),
+    "timm_efficientnet_lite0": Architecture(_timm("efficientnet_lite0"), images, slow=True),
+    "timm_nfnet": Architecture(_timm("test_nfnet"), images, own_forward=True),
     "encoder": Architecture(EncoderClassifier, tokens),
     "lstm": Architecture(lambda: RecurrentClassifier(nn.LSTM(24, 32, num_layers=2, batch_first=True)), tokens),
     "gru": Architecture(lambda: RecurrentClassifier(nn.GRU(24, 32, batch_first=True, bidirectional=True)), tokens),

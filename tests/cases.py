@@ -27,9 +27,9 @@ from vanishing import (
     PerTensor,
     Quantization,
     Replace,
-    Schedule,
     Ternary,
 )
+from vanishing.schedules import Schedule
 
 BATCH, TOKENS, SIDE = 3, 5, 6
 
@@ -330,7 +330,73 @@ LAYERS: dict[str, LayerCase] = {
     "lstm_cell": LayerCase(
         lambda: Single(nn.LSTMCell(12, 8)), floats(BATCH, 12), linear=False, refuses={"factors": NO_FACTORS}
     ),
-    "experts": LayerCase(
-        lambda: Single(Experts()), floats(BATCH, 8), linear=False, refuses={"factors": NO_FACTORS}
-    ),
+    "experts": LayerCase(lambda: Single(Experts()), floats(BATCH, 8), linear=False, refuses={"factors": NO_FACTORS}),
 }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One cell of the table."""
+
+    layer: LayerCase
+    technique: Technique
+
+    def prepare(self, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Run:
+        """Return the layers of a seed in transition, with an optimizer."""
+        return Run(self, self.layer.build(seed, dtype), dtype, self.layer.recipe(self.technique.compressor, **options))
+
+
+class Run:
+    """A model in transition and its optimizer; everything random in it is a function of the step."""
+
+    def __init__(self, pair: Pair, model: nn.Module, dtype: torch.dtype, recipe: vanishing.Recipe) -> None:
+        self.layer, self.model, self.dtype = pair.layer, model, dtype
+        self.transition = vanishing.prepare(model, recipe)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def train(self, until: int) -> Run:
+        """Train to an optimizer step."""
+        for step in range(self.transition.steps_done, until):
+            loss(self.model(*self.layer.batch(step, self.dtype))).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.transition.step()
+        return self
+
+    def outputs(self) -> list[Tensor]:
+        """Return the outputs in training and in evaluation for a batch that is not trained on."""
+        return outputs(self.model, self.layer.batch(99, self.dtype))
+
+    def state(self) -> dict[str, Any]:
+        """Return a copy of what a user saves to continue later."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "transition": self.transition}
+        return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+
+    def load(self, state: dict[str, Any]) -> Run:
+        """Continue where `state` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.transition.load_state_dict(state["transition"])
+        return self
+
+
+def tensors(nested: Any) -> list[Tensor]:
+    """Return the tensors of a nested output, in order."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(nested) if isinstance(leaf, Tensor)]
+
+
+def loss(nested: Any) -> Tensor:
+    """Return a number that every output has a part in."""
+    return torch.stack([tensor.square().mean() for tensor in tensors(nested)]).sum()
+
+
+def outputs(model: nn.Module, batch: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the outputs of a model in training and in evaluation, where it may take another path."""
+    was_training = model.training
+    with torch.no_grad():
+        found = [tensor for mode in (True, False) for tensor in tensors(model.train(mode)(*batch))]
+    model.train(was_training)
+    return found
+
+
+PAIRS = {(layer, technique): Pair(LAYERS[layer], TECHNIQUES[technique]) for layer in LAYERS for technique in TECHNIQUES}

@@ -72,12 +72,13 @@ def binary_per_tensor(weight: Tensor) -> Tensor:
     return signs(weight) * weight.abs().mean()
 
 
-def ternary_vector(weight: Tensor) -> Tensor:
+def ternary_vector(weight: Tensor, scale_type: torch.dtype | None = None) -> Tensor:
     """Ternary weight networks (1605.04711), equations 5 and 6: threshold 0.7 mean |w|, scale the mean |w| above it."""
     values = weight.flatten().tolist()
     threshold = 0.7 * sum(abs(w) for w in values) / len(values)
     large = [abs(w) for w in values if abs(w) > threshold]
-    scale = sum(large) / len(large) if large else 0.0
+    mean_of_large = sum(large) / len(large) if large else 0.0
+    scale = float(_stored(torch.tensor(mean_of_large, dtype=weight.dtype), scale_type))
     codes = [0.0 if abs(w) <= threshold else math.copysign(scale, w) for w in values]
     return torch.tensor(codes, dtype=weight.dtype).view_as(weight)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vanishing.errors import TransitionError
 from vanishing.inputs import evaluation
 
 
@@ -21,14 +22,12 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         batches: inputs, each a tensor, a tuple or list whose first item is the input, or a mapping of keywords.
 
     Raises:
-        ValueError: no batch was given.
+        TransitionError: no batch was given; the statistics are as they were, as after any error.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        raise ValueError("recalibrate: at least one batch is needed to estimate BatchNorm's statistics, got none.")
+    batches = at_least_one(batches)
     momenta = {norm: norm.momentum for norm in norms}
+    statistics = {buffer: buffer.clone() for norm in norms for buffer in norm.buffers(recurse=False)}
     with evaluation(model):
         for norm in norms:
             norm.reset_running_stats()
@@ -36,11 +35,27 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
             norm.momentum = None
             norm.train()
         try:
-            for batch in itertools.chain([first], iterator):
+            for batch in batches:
                 if isinstance(batch, Mapping):
                     model(**batch)
                 else:
                     model(batch if isinstance(batch, Tensor) else batch[0])
+        except BaseException:
+            for buffer, value in statistics.items():
+                buffer.copy_(value)
+            raise
         finally:
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
+
+
+def at_least_one(batches: Iterable[Any]) -> Iterator[Any]:
+    """Return the same batches.
+
+    Raises:
+        TransitionError: there is none.
+    """
+    iterator = iter(batches)
+    for first in iterator:
+        return itertools.chain([first], iterator)
+    raise TransitionError("recalibrate: at least one batch is needed to estimate BatchNorm's statistics, got none.")

@@ -74,25 +74,42 @@ def install_blended_weight(module: nn.Module, name: str, blend: BlendedWeight) -
     A layer that two smaller ones will replace runs those as soon as the original is gone (beta = 0).
     """
     parametrize.register_parametrization(module, name, blend, unsafe=True)
-    factored = blend.form.factored
-    if factored is None:
-        return
     blended_type: Any = type(module)
     base_forward = blended_type.__mro__[1].forward
+    if isinstance(module, nn.RNNBase):
+        blended_type.forward = _recurrent_forward(base_forward)
+    if blend.form.factored is not None:
+        blended_type.forward = _factored_forward(base_forward, name)
 
+
+def _recurrent_forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: nn.RNNBase, *arguments: Any, **keywords: Any) -> Any:
+        # It asks for every weight several times, and keeps a list of them that nobody could copy with its graph.
+        with parametrize.cached():
+            output = base_forward(self, *arguments, **keywords)
+        self._flat_weights = [None if weight is None else weight.detach() for weight in self._flat_weights]
+        return output
+
+    return forward
+
+
+def _factored_forward(base_forward: Callable[..., Any], name: str) -> Callable[..., Any]:
     def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
-        current: Any = self.parametrizations[name][0]  # type: ignore[index,union-attr]
+        current: Any = self.parametrizations[name][0]  # type: ignore[index]
         if current.fading:
             output: Tensor = base_forward(self, *arguments, **keywords)
             return output
         replaced: Tensor = current.form.factored(*arguments, **keywords)
         return replaced
 
-    blended_type.forward = forward
+    return forward
 
 
 def remove_blended_weight(module: nn.Module, name: str, order: tuple[str, ...]) -> None:
     """Give a layer its latent weight back as a plain parameter, in the place among its parameters that it had."""
+    # PyTorch takes the weight's property away from the class, which copies of the module share.
+    shared: Any = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     for parameter in order:
         # Reinserting in the old order keeps `parameters()` as an optimizer or a checkpoint knew it.
@@ -113,18 +130,21 @@ class BlendedBlock(Blend):
     """Original and replacement of a block, blended on their outputs (arXiv 2510.09696, equation 1).
 
     At beta = 1 only the original runs and at beta = 0 only the replacement. Attributes that it does not have are
-    those of the original.
+    those of the original, and of the replacement at beta = 0, where the model must do with what will be shipped.
 
     Args:
         original: f.
         replacement: g, with the same inputs and outputs.
+        name: the block's name, for errors.
     """
 
-    def __init__(self, original: nn.Module, replacement: nn.Module) -> None:
+    def __init__(self, original: nn.Module, replacement: nn.Module, name: str) -> None:
         super().__init__()
         self.original = original
         self.replacement = replacement
-        self.train(original.training)
+        self._result = f"{name}(...)"
+        # Not `train()`, which would thaw a normalization that is kept in evaluation mode inside of the block.
+        self.training = original.training
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Return `beta f(...) + (1 - beta) g(...)` for every floating tensor of the outputs."""
@@ -134,30 +154,54 @@ class BlendedBlock(Blend):
         original = self.original(*arguments, **keywords)
         if isinstance(beta, float) and beta == 1.0:
             return original
-        return blend_outputs(original, self.replacement(*arguments, **keywords), beta)
+        return blend_outputs(original, self.replacement(*arguments, **keywords), beta, self._result)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "original":
+            # Copying and unpickling look for special methods, which are this module's own.
+            if name in ("original", "replacement", "fading", "_standing") or name.startswith("__"):
                 raise
-            return getattr(self.original, name)
+        try:
+            return getattr(self._standing, name)
+        except AttributeError:
+            if self.fading:
+                raise
+            raise AttributeError(
+                f"{type(self.replacement).__name__!r}, the replacement of {type(self.original).__name__!r}, has no "
+                f"attribute {name!r}. If the model reads it, set it in the factory."
+            ) from None
+
+    def __bool__(self) -> bool:
+        # A module with a length is false when it is empty.
+        return bool(self._standing)
 
     def __len__(self) -> int:
-        return len(self.original)  # type: ignore[arg-type]
+        return len(self._standing)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.original)  # type: ignore[call-overload,no-any-return]
+        return iter(self._standing)  # type: ignore[call-overload]
 
     def __getitem__(self, key: Any) -> Any:
-        return self.original[key]  # type: ignore[index]
+        return self._standing[key]  # type: ignore[index]
+
+    @property
+    def _standing(self) -> nn.Module:
+        """The form that the rest of the model sees when it does not call the block."""
+        return self.original if self.fading else self.replacement
 
 
-def blend_outputs(original: Any, replacement: Any, beta: Beta, path: str = "output") -> Any:
+def blend_outputs(original: Any, replacement: Any, beta: Beta, path: str) -> Any:
     """Return `beta * original + (1 - beta) * replacement` through tuples, lists, mappings and dataclasses.
 
-    Floating tensors are blended in the original's type; everything else is taken from the replacement.
+    Floating and complex tensors are blended in the original's type; everything else is taken from the replacement.
+
+    Args:
+        original: what f returned.
+        replacement: what g returned.
+        beta: the original's share.
+        path: what the outputs are called in errors.
 
     Raises:
         TransitionError: the two differ in structure or in the shape of a tensor.
@@ -180,21 +224,25 @@ def blend_outputs(original: Any, replacement: Any, beta: Beta, path: str = "outp
         names = [f.name for f in dataclasses.fields(original)]
         values = {n: blend_outputs(getattr(original, n), getattr(replacement, n), beta, f"{path}.{n}") for n in names}
         return dataclasses.replace(original, **values)  # type: ignore[type-var]
-    if isinstance(original, Tensor) or isinstance(replacement, Tensor):
+    if _holds_tensors(original) or _holds_tensors(replacement):
         raise _mismatch(path, type(original).__name__, type(replacement).__name__)
     return replacement
+
+
+def _holds_tensors(output: Any) -> bool:
+    return isinstance(output, (Tensor, Mapping, tuple, list)) or dataclasses.is_dataclass(output)
 
 
 def _blend_tensors(original: Tensor, replacement: Tensor, beta: Beta, path: str) -> Tensor:
     if original.shape != replacement.shape:
         raise _mismatch(path, f"shape {tuple(original.shape)}", f"shape {tuple(replacement.shape)}")
-    if not original.is_floating_point():
+    if not (original.is_floating_point() or original.is_complex()):
         return replacement
     return torch.lerp(replacement.to(original.dtype), original, beta)
 
 
 def _mismatch(path: str, expected: str, got: str) -> TransitionError:
     return TransitionError(
-        f"the replacement of a block must return what the block returns: at {path} the original gives {expected}, "
-        f"the replacement {got}. Change the factory of the replacement."
+        f"a replacement must return what the original returns, but {path} is {expected} from the original and {got} "
+        f"from the replacement. Change the factory of the replacement."
     )

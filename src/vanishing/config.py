@@ -85,7 +85,11 @@ class Config:
 
     def __repr__(self) -> str:
         values = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
-        shown = (f"{name}={value}" if isinstance(value, Enum) else f"{name}={value!r}" for name, value, default in values if value != default)
+        shown = (
+            f"{name}={value}" if isinstance(value, Enum) else f"{name}={value!r}"
+            for name, value, default in values
+            if value != default
+        )
         return f"{type(self).__name__}({', '.join(shown)})"
 
     @classmethod
@@ -200,8 +204,12 @@ def _field_message(config: Config, name: str, value: Any, annotation: Any, reaso
     said = [
         m.description for m in getattr(annotation, "__metadata__", ()) if isinstance(m, FieldInfo) and m.description
     ]
+    who = f"{type(config).__name__}({name}={value!r})"
+    classes = _config_classes(annotation)
+    if classes:
+        return f"{who}: expected {' or '.join(c.__name__ for c in classes)}, got {type(value).__name__}."
     expected = f"{name} is {said[0]}" if said else f"{name} has the wrong type"
-    return f"{type(config).__name__}({name}={value!r}): {expected}. {reason}."
+    return f"{who}: {expected}. {reason}."
 
 
 def _plain(value: Any) -> Any:

@@ -233,8 +233,8 @@ def _packed(tensor: Tensor, grid: Grid, *, masked: bool) -> Encoded | None:
         codes = codes[mask]
         parts["mask"], kept = pack(mask.to(torch.uint8), 1), codes.numel()
     parts["codes"] = pack(codes, grid.bits)
-    # A model that was cast after it was finished holds values that were computed in float32 and rounded once.
-    for arithmetic in dict.fromkeys((tensor.dtype, torch.promote_types(tensor.dtype, torch.float32))):
+    # A model that was cast after it was finished holds values that were computed in the type that it had before.
+    for arithmetic in dict.fromkeys((tensor.dtype, torch.float32, torch.bfloat16, torch.float16)):
         entry = PackedTensor(
             dtype=dtype_name(tensor.dtype),
             shape=list(tensor.shape),

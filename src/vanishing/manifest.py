@@ -185,19 +185,19 @@ def join(module: str, name: str) -> str:
 
 
 def seal(data: dict[str, Any]) -> str:
-    """Return the digest that stands in the weights' own header: of all of the manifest but the digests of these two.
+    """Return the digest that stands in the weights' own header: of everything in the manifest that decides the outputs.
 
     Without it, a manifest that was changed by hand and given a new digest could turn good weights into another model.
     """
     files = {name: entry for name, entry in data["files"].items() if name != WEIGHTS}
-    return _digest({key: value for key, value in data.items() if key != "digest"} | {"files": files})
+    return _digest({key: data.get(key) for key in ("modules", "tensors", "ties", "buffers")} | {"files": files})
 
 
 def write_manifest(folder: Path, data: dict[str, Any]) -> None:
     """Write `vanishing.json`, one layer, tensor and file a line, with the digest of it all."""
     data = data | {"digest": _digest(data)}
     lines = [f"  {json.dumps(key)}: {_lines(value)}" for key, value in data.items()]
-    (folder / MANIFEST).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    (folder / MANIFEST).write_text("{\n" + ",\n".join(lines) + "\n}", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_NAMES = "param_names"
+"""The key under which an optimizer that was made from `named_parameters()` keeps the names of a group."""
 
 
 class OptimizerWatch:
@@ -34,11 +38,46 @@ def held_ids(optimizers: Iterable[Optimizer]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
-def join(optimizer: Optimizer, beside: nn.Parameter, parameters: Iterable[nn.Parameter]) -> None:
-    """Add parameters to the group that holds another one, so that they train with its settings."""
-    group = next(g for g in optimizer.param_groups if any(p is beside for p in g["params"]))
+def unheld_problems(optimizer: Optimizer, places: Sequence[tuple[str, Sequence[Tensor]]]) -> list[str]:
+    """Return a problem if an optimizer does not hold what is to be compressed, else nothing.
+
+    Args:
+        optimizer: the optimizer.
+        places: names and the parameters there, of which it must hold one.
+
+    Raises:
+        TypeError: it is no optimizer.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"prepare: optimizer must be a torch.optim.Optimizer, got {optimizer!r}.")
     held = held_ids([optimizer])
-    group["params"].extend(p for p in parameters if id(p) not in held)
+    missing = [name for name, parameters in places if parameters and not any(id(p) in held for p in parameters)]
+    if not missing:
+        return []
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return [
+        f"the optimizer does not hold the weights of {', '.join(map(repr, missing[:3]))}{more}. Make it from "
+        f"model.parameters(), or leave `optimizer` out and make it after prepare."
+    ]
+
+
+def join(optimizer: Optimizer, beside: Iterable[nn.Parameter], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Add parameters to the group that holds one of others, so that they train with its settings.
+
+    Args:
+        optimizer: the optimizer.
+        beside: the others; if it holds none of them, the first group is taken.
+        parameters: by name, which an optimizer that was made from named parameters keeps.
+    """
+    neighbors = {id(p) for p in beside}
+    groups = optimizer.param_groups
+    group = next((g for g in groups if any(id(p) in neighbors for p in g["params"])), groups[0])
+    held = held_ids([optimizer])
+    for name, parameter in parameters.items():
+        if id(parameter) not in held:
+            group["params"].append(parameter)
+            if _NAMES in group:
+                group[_NAMES].append(name)
 
 
 def leave(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
@@ -46,6 +85,8 @@ def leave(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -
     gone = {id(p) for p in parameters}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in gone]
+            stays = [id(p) not in gone for p in group["params"]]
+            for key in {"params", _NAMES} & set(group):
+                group[key] = list(itertools.compress(group[key], stays))
         for parameter in [p for p in optimizer.state if id(p) in gone]:
             del optimizer.state[parameter]

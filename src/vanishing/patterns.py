@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import inspect
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 
 from vanishing.config import Config
 from vanishing.errors import ConfigError
+
+_FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,25 @@ class Where(Pattern):
         raise ConfigError("a rule whose key is a predicate cannot be read from a file. Make the recipe in Python.")
 
 
+def nearest(wanted: str, names: Iterable[str]) -> list[str]:
+    """Return up to three names that are like a pattern, or have a part that is like it.
+
+    Args:
+        wanted: a glob, a regular expression or a name.
+        names: dotted names.
+    """
+    wanted = re.sub(r"[\\^$()]", "", wanted).strip("*?.")
+    width = wanted.count(".") + 1
+    parts: dict[str, str] = {}
+    for name in names:
+        pieces = name.split(".")
+        for start in range(max(len(pieces) - width, 0) + 1):
+            # The name up to the part that is alike: of many layers in one block, the block.
+            parts.setdefault(".".join(pieces[start : start + width]), ".".join(pieces[: start + width]))
+    found = difflib.get_close_matches(wanted, parts, n=3)
+    return list(dict.fromkeys(parts[part] for part in found))
+
+
 def type_name(kind: type) -> str:
     """Return module and qualified name of a type."""
     return f"{kind.__module__}.{kind.__qualname__}"
@@ -139,8 +161,9 @@ def to_pattern(key: Any) -> Pattern:
         return key
     if isinstance(key, str):
         return Glob(key)
-    if isinstance(key, re.Pattern):
-        return Regex(key.pattern)
+    if isinstance(key, re.Pattern) and isinstance(key.pattern, str):
+        flags = "".join(letter for letter, flag in _FLAGS.items() if key.flags & flag)
+        return Regex(f"(?{flags}){key.pattern}" if flags else key.pattern)
     if inspect.isclass(key) and issubclass(key, nn.Module):
         return OfType(type_name(key))
     if callable(key) and not inspect.isclass(key):

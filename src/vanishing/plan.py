@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from vanishing.blend import BlendedBlock, BlendedWeight
+from vanishing.blend import BlendedBlock, blended_weights
 from vanishing.compressors import BlockCompressor, Compressor, LayerView, WeightCompressor
 from vanishing.errors import RecipeError
 from vanishing.layers import LayerKind, find_kind
 from vanishing.patterns import Glob, Pattern
 from vanishing.recipe import Recipe, Rule
+from vanishing.suitability import block_problem, replacement_problem, weight_problem
+from vanishing.tally import Tally, rule_problem
 
 _UNCALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_PROBE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,11 @@ class Plan:
     weights: list[PlannedWeight] = field(default_factory=list)
     blocks: list[PlannedBlock] = field(default_factory=list)
 
+    def places(self) -> list[tuple[str, list[Tensor]]]:
+        """Return name and parameters of all that will be compressed."""
+        weights: list[tuple[str, list[Tensor]]] = [(w.names[0], [w.layer.weight]) for w in self.weights]
+        return weights + [(b.name, list(b.block.parameters())) for b in self.blocks]
+
     def check(self) -> None:
         """Raise `RecipeError` with all problems, if there are any."""
         if len(self.problems) == 1:
@@ -103,10 +108,11 @@ class Plan:
             raise RecipeError(f"the recipe does not fit the model, for {len(self.problems)} reasons:\n{listed}")
 
     def __str__(self) -> str:
-        table = Table("module", "layer", "outcome", "technique or reason")
+        titles = ("module", "layer", "outcome", "technique or reason")
+        table = Table(*(Column(title, overflow="fold") for title in titles))
         for row in self.rows:
-            table.add_row(row.name, row.module, row.outcome, row.detail)
-        console = Console(file=io.StringIO(), width=140)
+            table.add_row(*map(escape, (row.name or "(the model)", row.module, row.outcome, row.detail)))
+        console = Console(file=io.StringIO(), width=140, color_system=None, force_terminal=False)
         console.print(table)
         for problem in self.problems:
             console.print(f"problem: {problem}", markup=False, highlight=False)
@@ -129,8 +135,9 @@ class _Candidate:
     def matched_by(self, pattern: Pattern) -> bool:
         return any(pattern.matches(name, self.module) for name in self.names)
 
-    def within(self, prefixes: set[str]) -> bool:
-        return any(name == p or name.startswith(f"{p}.") for name in self.names for p in prefixes)
+    def within(self, modules: set[str]) -> bool:
+        """Whether it is one of the modules, or inside of one."""
+        return any(around in modules for name in self.names for around in _modules_around(name))
 
     def describe(self) -> str:
         kind = type(self.module).__name__
@@ -143,54 +150,83 @@ class _Planner:
         self.plan = Plan()
         names: dict[int, list[str]] = defaultdict(list)
         modules: dict[int, nn.Module] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
+        for name, module in _layers_of(model):
             names[id(module)].append(name)
             modules[id(module)] = module
         self.candidates = [_Candidate(tuple(names[i]), m, find_kind(m)) for i, m in modules.items()]
-        self.ignored: set[str] = set()
+        self.fading = [
+            c for c in self.candidates if isinstance(c.module, BlendedBlock) or any(blended_weights(c.module))
+        ]
+        ignored = [c for c in self.candidates if any(c.matched_by(pattern) for pattern in recipe.ignore)]
+        self.ignored = {name for candidate in ignored for name in candidate.names}
         self.replaced: set[str] = set()
         self.selected: dict[int, list[tuple[_Candidate, str, int, Rule]]] = defaultdict(list)
-        self.matched = [0] * len(recipe.rules)
-        self.taken = [0] * len(recipe.rules)
-        self.refusals: list[list[str]] = [[] for _ in recipe.rules]
+        self.tallies = [Tally() for _ in recipe.rules]
+        self.owners: dict[int, list[tuple[_Candidate, str]]] = defaultdict(list)
+        for candidate in self.candidates:
+            for name, parameter in candidate.module._parameters.items():
+                self.owners[id(parameter)].append((candidate, name))
 
     def make(self) -> Plan:
+        if self.fading:
+            named = ", ".join(repr(c.name) for c in self.fading[:3])
+            more = f" and {len(self.fading) - 3} more" if len(self.fading) > 3 else ""
+            self.plan.problems.append(
+                f"the model is in a transition already, at {named}{more}. Finish or cancel that one first."
+            )
+            return self.plan
         for candidate in self.candidates:
             self._place(candidate)
         for uses in self.selected.values():
             self._plan_weight(uses)
-        self._check_rules()
+        order = {candidate.name: number for number, candidate in enumerate(self.candidates)}
+        self.plan.rows.sort(key=lambda row: order[row.name])
+        modules = [(name, candidate.module) for candidate in self.candidates for name in candidate.names]
+        for (pattern, rule), tally in zip(self.recipe.rules, self.tallies, strict=True):
+            problem = rule_problem(pattern, rule, tally, modules)
+            if problem:
+                self.plan.problems.append(problem)
         return self.plan
 
     def _row(self, candidate: _Candidate, outcome: str, detail: str) -> None:
         self.plan.rows.append(PlanRow(candidate.name, candidate.describe(), outcome, detail))
 
     def _place(self, candidate: _Candidate) -> None:
-        if candidate.within(self.replaced - {""}):
-            if candidate.kind is not None:
-                self._row(candidate, "left", "it is inside a block that is replaced as a whole")
-            return
-        is_ignored = any(candidate.matched_by(pattern) for pattern in self.recipe.ignore)
-        if is_ignored:
-            self.ignored.update(candidate.names)
-        reasons = []
         matching = [n for n, (pattern, _) in enumerate(self.recipe.rules) if candidate.matched_by(pattern)]
         for number in matching:
-            self.matched[number] += 1
-        for number in matching:
+            self.tallies[number].matched += 1
+        if candidate.within(self.replaced):
+            reason = "it is inside a block that is replaced as a whole"
+            for number in matching:
+                self._refuse(number, candidate, reason)
+            if candidate.kind is not None:
+                self._row(candidate, "left", reason)
+            return
+        reasons = []
+        for place, number in enumerate(matching):
             pattern, rule = self.recipe.rules[number]
-            reason = self._refusal(candidate, pattern, rule.compressor)
-            if reason is None and (is_ignored or candidate.within(self.ignored - {""})):
+            refusal = self._refusal(candidate, pattern, rule.compressor)
+            if refusal is not None:
+                self._refuse(number, candidate, refusal)
+                reasons.append(refusal)
+            elif candidate.within(self.ignored):
                 self._row(candidate, "ignored", "the recipe's ignore names it or a module around it")
-                self.refusals[number].append("ignored")
+                for each in matching[place:]:
+                    self.tallies[each].ignored += 1
                 return
-            if reason is None:
+            else:
                 self._take(candidate, number, rule)
+                for each in matching[place + 1 :]:
+                    self.tallies[each].shadowed += 1
                 return
-            self.refusals[number].append(f"{candidate.name or 'the model'} ({candidate.describe()}): {reason}")
-            reasons.append(reason)
         if candidate.kind is not None:
             self._row(candidate, "left", reasons[0] if reasons else "no rule matches it")
+
+    def _refuse(self, number: int, candidate: _Candidate, reason: str) -> None:
+        is_block = isinstance(self.recipe.rules[number][1].compressor, BlockCompressor)
+        tally = self.tallies[number]
+        reasons = tally.unfit if candidate.kind is None and not is_block else tally.refused
+        reasons.append(f"{candidate.name or 'the model'} ({candidate.describe()}): {reason}")
 
     def _refusal(self, candidate: _Candidate, pattern: Pattern, compressor: Compressor) -> str | None:
         """Why a rule does not choose a module that its pattern matches; None where it does."""
@@ -207,11 +243,11 @@ class _Planner:
         return compressor.refusal(candidate.kind)
 
     def _take(self, candidate: _Candidate, number: int, rule: Rule) -> None:
-        self.taken[number] += 1
         compressor = rule.compressor
         if isinstance(compressor, BlockCompressor):
+            self.tallies[number].taken += 1
             self.replaced.update(candidate.names)
-            problem = _block_problem(candidate)
+            problem = block_problem(candidate.name, candidate.module)
             if problem:
                 self._problem(compressor, candidate.name, candidate.describe(), problem)
                 return
@@ -231,16 +267,19 @@ class _Planner:
         compressor = rule.compressor
         assert isinstance(compressor, WeightCompressor) and candidate.kind is not None
         weight = _parameter(candidate.module, weight_name)
-        problem = _weight_problem(candidate, weight_name, weight)
+        chosen = {(id(use[0].module), use[1]) for use in uses}
+        outside = [c.name for c, name in self.owners[id(weight)] if (id(c.module), name) not in chosen]
+        if weight is not None and outside:
+            reason = f"its weight is tied to {outside[0]!r}, which no rule takes: name both to compress them together"
+            for use in uses:
+                self._row(use[0], "left", reason)
+                self._refuse(use[2], use[0], reason)
+            return
+        for use in uses:
+            self.tallies[use[2]].taken += 1
+        problem = weight_problem(candidate.module, weight_name, weight)
         if problem or weight is None:
             self._problem(compressor, candidate.name, candidate.describe(), problem or "it has no such parameter")
-            return
-        outside = self._owners_outside(weight, {(id(use[0].module), use[1]) for use in uses})
-        if outside:
-            reason = f"its weight is tied to {outside[0]!r}, which no rule takes: name both to compress them together"
-            self._row(candidate, "left", reason)
-            self.taken[number] -= 1
-            self.refusals[number].append(f"{candidate.name}: {reason}")
             return
         shape = tuple(weight.shape)
         layers = [LayerView(c.module, c.kind, weight, c.kind.layout(c.module, shape)) for c, *_ in uses if c.kind]
@@ -261,139 +300,50 @@ class _Planner:
         candidate, _, _, rule = uses[0]
         compressor, layer = rule.compressor, layers[0]
         assert isinstance(compressor, WeightCompressor)
-        own = layer.kind.problem(layer.module) or compressor.problem(layer)
+        own = next((p for view in layers if (p := view.kind.problem(view.module))), None) or compressor.problem(layer)
         if own:
             return own
         if len(uses) > 1:
             others = ", ".join(repr(use[0].name) for use in uses[1:])
             if any(use[3] != rule for use in uses):
-                return f"its weight is tied to {others}, which another rule compresses differently. Use one rule for all"
+                return f"its weight is tied to {others}, which another rule compresses. Use one rule for all"
             if compressor.replaces_layer or any(view.layout != layer.layout for view in layers):
                 return f"its weight is tied to {others}, and factors cannot be shared so. Add them to ignore"
-        return _replacement_problem(candidate, layer) if compressor.replaces_layer else None
-
-    def _owners_outside(self, weight: Tensor, chosen: set[tuple[int, str]]) -> list[str]:
-        return [
-            candidate.name
-            for candidate in self.candidates
-            for name, parameter in candidate.module._parameters.items()
-            if parameter is weight and (id(candidate.module), name) not in chosen
-        ]
+        return replacement_problem(candidate.name, layer) if compressor.replaces_layer else None
 
     def _problem(self, compressor: Compressor, name: str, what: str, problem: str) -> None:
         where = repr(name) if name else "the model itself"
         self.plan.problems.append(f"{compressor!r} cannot compress {where} ({what}): {problem}.")
 
-    def _check_rules(self) -> None:
-        """Add a problem for every rule that took nothing."""
-        names = [name for c in self.candidates for name in c.names if name]
-        for number, (pattern, rule) in enumerate(self.recipe.rules):
-            if self.taken[number]:
-                continue
-            refused = self.refusals[number]
-            if not self.matched[number]:
-                near = difflib.get_close_matches(pattern.text.strip("'"), names, n=3, cutoff=0.3)
-                hint = f" The nearest names are {', '.join(map(repr, near))}." if near else ""
-                self.plan.problems.append(f"nothing matched {pattern.text}.{hint} Recipe.match(model) lists all modules.")
-            elif not refused:
-                self.plan.problems.append(
-                    f"{pattern.text} matched only modules that an earlier rule takes, so {rule.compressor!r} has nothing "
-                    f"left to do. Put this rule first, or drop it."
-                )
-            elif all(reason == "ignored" for reason in refused):
-                self.plan.problems.append(
-                    f"everything that {pattern.text} matched was ignored ({len(refused)} layers). Narrow `ignore`."
-                )
-            else:
-                reasons = list(dict.fromkeys(reason for reason in refused if reason != "ignored"))
-                ignored = f"; {refused.count('ignored')} others are ignored" if "ignored" in refused else ""
-                more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
-                self.plan.problems.append(
-                    f"{pattern.text} matched {self.matched[number]} modules, none of which "
-                    f"{type(rule.compressor).__name__} can take: {'; '.join(reasons[:3])}{more}{ignored}."
-                )
-
 
 def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
-    """Return what a recipe would do to a model, with every problem; the model is not changed."""
+    """Return what a recipe would do to a model, with every problem; the model is not changed.
+
+    Raises:
+        TypeError: the model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected the model as an nn.Module, got {type(model).__name__}.")
     return _Planner(model, recipe).make()
+
+
+def _layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module under every name, but not what computes the weight of another one."""
+    hidden: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not any(around in hidden for around in _modules_around(name)):
+            if parametrize.is_parametrized(module):
+                hidden.add(f"{name}.parametrizations" if name else "parametrizations")
+            yield name, module
+
+
+def _modules_around(name: str) -> Iterator[str]:
+    """Yield a module's name and those of the modules around it, but for the model itself."""
+    yield name
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:
     return module._parameters.get(name)
-
-
-def _block_problem(candidate: _Candidate) -> str | None:
-    if not candidate.name:
-        return "the whole model has no place to be replaced in. Wrap it in nn.Sequential, or name a block of it"
-    if isinstance(candidate.module, BlendedBlock):
-        return "it is in a transition already. Finish or cancel that one first"
-    parameters = list(candidate.module.parameters())
-    return _tensors_problem(parameters) if parameters else None
-
-
-def _weight_problem(candidate: _Candidate, name: str, weight: Tensor | None) -> str | None:
-    """Why a weight cannot be compressed by anything; None where it can."""
-    if parametrize.is_parametrized(candidate.module, name):
-        first = candidate.module.parametrizations[name][0]  # type: ignore[index,union-attr]
-        if isinstance(first, BlendedWeight):
-            return "it is in a transition already. Finish or cancel that one first"
-        return f"its {name} is parametrized by {type(first).__name__}. Remove that parametrization first"
-    if weight is None:
-        return f"it has no parameter {name!r} of its own (weight norm, or a quantized layer?). Add it to ignore"
-    return _tensors_problem([weight])
-
-
-def _tensors_problem(tensors: list[Tensor]) -> str | None:
-    if any(is_lazy(t) for t in tensors):
-        return "it is lazy and has no weights yet. Run one batch through the model first"
-    if any(t.is_meta for t in tensors):
-        return "its weights are on the meta device. Load them first"
-    floating = [t for t in tensors if t.is_floating_point()]
-    if not floating:
-        return f"its weights are {tensors[0].dtype}, not floating. Add it to ignore"
-    if not any(t.requires_grad for t in floating):
-        return "all its weights are frozen. Call requires_grad_(True) on it, or add it to ignore"
-    if not all(bool(torch.isfinite(t.detach()).all()) for t in floating):
-        return "its weights contain NaN or infinite values. Load a sound checkpoint, or add it to ignore"
-    return None
-
-
-def _replacement_problem(candidate: _Candidate, layer: LayerView) -> str | None:
-    """Why two plain layers cannot take the place of a layer that is to be factored; None where they can."""
-    if not candidate.name:
-        return "the whole model has no place to be replaced in. Wrap it in nn.Sequential"
-    if "forward" in vars(layer.module):
-        return "its forward was patched on the object, which a replacement would lose. Remove the patch first"
-    base_forward = layer.kind.base_forward(layer.module)
-    if base_forward is None or type(layer.module).forward is base_forward:
-        return None
-    if _computes(layer, base_forward):
-        return None
-    return (
-        f"{type(layer.module).__name__} does not compute what the plain layer with its weight computes, so two plain "
-        f"layers cannot take its place. Add it to ignore"
-    )
-
-
-def _computes(layer: LayerView, base_forward: object) -> bool:
-    """Whether a subclass gives the plain layer's outputs for random inputs, in training and in evaluation."""
-    was_training = layer.module.training
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        probe = layer.kind.probe_input(layer.module)
-        try:
-            for mode in (True, False):
-                layer.module.train(mode)
-                plain = base_forward(layer.module, probe)  # type: ignore[operator]
-                output = layer.module.forward(probe)
-                if not isinstance(output, Tensor) or output.shape != plain.shape:
-                    return False
-                if (output - plain).abs().max() > _PROBE_TOLERANCE * plain.abs().max():
-                    return False
-        except (TypeError, RuntimeError, ValueError, AttributeError, IndexError):
-            # A forward that does not even take the plain layer's input is not the plain layer's.
-            return False
-        finally:
-            layer.module.train(was_training)
-    return True

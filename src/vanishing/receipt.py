@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,21 @@ class Receipt:
 def attach_receipt(model: nn.Module, receipt: Receipt) -> None:
     """Leave the receipt on a finished model as a plain attribute; it travels with copies of the model."""
     setattr(model, _ATTRIBUTE, receipt)
+
+
+def extend_receipt(model: nn.Module, receipt: Receipt) -> None:
+    """Leave a receipt on a model that may have been finished before; what is said of other layers stays."""
+    earlier = read_receipt(model)
+    known = {} if earlier is None else earlier.layers
+    replaced = [name for name, layer in receipt.layers.items() if layer.structure == "replaced"]
+    layers = {name: layer for name, layer in known.items() if not any(name.startswith(f"{b}.") for b in replaced)}
+    for name, layer in receipt.layers.items():
+        # The size before is that of the first original.
+        first = known.get(name, layer)
+        layers[name] = dataclasses.replace(
+            layer, parameters_before=first.parameters_before, bytes_before=first.bytes_before
+        )
+    attach_receipt(model, Receipt(receipt.recipe, layers))
 
 
 def read_receipt(model: nn.Module) -> Receipt | None:

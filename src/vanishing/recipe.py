@@ -79,11 +79,15 @@ class Recipe:
         ramp: Schedule | None = None,
     ) -> None:
         if not isinstance(rules, Mapping) or not rules:
-            raise ConfigError(f"a recipe takes a mapping from keys to compressors with at least one rule, got {rules!r}.")
+            raise ConfigError(
+                f"a recipe takes a mapping from keys to compressors with at least one rule, got {rules!r}."
+            )
         entries = tuple((to_pattern(key), _to_rule(key, value)) for key, value in rules.items())
         for name, value in {"schedule": schedule, "ramp": ramp}.items():
             if not isinstance(value, Schedule) and not (name == "ramp" and value is None):
-                raise ConfigError(f"the recipe's {name} must be a schedule, as in LinearSchedule(steps=1000), got {value!r}.")
+                raise ConfigError(
+                    f"the recipe's {name} must be a schedule, as in LinearSchedule(steps=1000), got {value!r}."
+                )
         if ramp is not None:
             for _, rule in entries:
                 check_ramp(rule.compressor)
@@ -127,16 +131,21 @@ class Recipe:
             fields = sorted(map(str, data)) if isinstance(data, Mapping) else data
             raise ConfigError(f"a recipe has the fields rules, schedule, ignore and ramp, got {fields!r}.")
         if "schedule" not in data or not isinstance(data.get("rules"), list):
-            raise ConfigError("a recipe needs `schedule` and `rules`, a list of mappings with `match` and `compressor`.")
+            raise ConfigError(
+                "a recipe needs `schedule` and `rules`, a list of mappings with `match` and `compressor`."
+            )
         ignore = data.get("ignore", [])
         if not isinstance(ignore, list):
             raise ConfigError(f"a recipe's `ignore` is a list of patterns, got {ignore!r}.")
-        rules: dict[Any, Rule] = {}
+        rules: dict[Pattern, Rule] = {}
         for number, entry in enumerate(data["rules"]):
             if not isinstance(entry, Mapping) or not {"match", "compressor"} <= set(entry):
                 raise ConfigError(f"rule {number} of the recipe needs `match` and `compressor`, got {entry!r}.")
             fields = {name: value for name, value in entry.items() if name != "match"}
-            rules[pattern_from_plain(entry["match"])] = Rule.from_dict({"kind": Rule.kind} | fields)
+            pattern = pattern_from_plain(entry["match"])
+            if pattern in rules:
+                raise ConfigError(f"rule {number} of the recipe is a second one for {pattern.text}. Drop one of them.")
+            rules[pattern] = Rule.from_dict({"kind": Rule.kind} | fields)
         return cls(
             rules,
             ignore=[pattern_from_plain(each) for each in ignore],  # type: ignore[misc]
@@ -192,7 +201,8 @@ class Recipe:
         bases: tuple[type[Config], ...] = (Compressor, Schedule, Granularity, Pattern)
         kinds = {c.kind: c.schema() for base in bases for c in concrete_kinds(base) if c is not Granularity}
         compressor, schedule, pattern = (
-            {"oneOf": [{"$ref": f"#/$defs/{c.kind}"} for c in concrete_kinds(base)]} for base in (Compressor, Schedule, Pattern)
+            {"oneOf": [{"$ref": f"#/$defs/{c.kind}"} for c in concrete_kinds(base)]}
+            for base in (Compressor, Schedule, Pattern)
         )
         match = {"anyOf": [{"type": "string", "description": "a glob on the module's full name"}, pattern]}
         rule = {
@@ -237,5 +247,7 @@ def _to_rule(key: Any, value: Any) -> Rule:
     if isinstance(value, Rule):
         return value
     if not isinstance(value, Compressor):
-        raise ConfigError(f"the rule for {key!r} must be a compressor, as in LowRank(rank=16), or a Rule, got {value!r}.")
+        raise ConfigError(
+            f"the rule for {key!r} must be a compressor, as in LowRank(rank=16), or a Rule, got {value!r}."
+        )
     return Rule(value)

@@ -136,6 +136,8 @@ def _describe(model: nn.Module) -> tuple[Manifest, dict[str, Tensor]]:
     parts: dict[str, Tensor] = {}
     entries: dict[str, TensorEntry] = {}
     for first, *others in names.values():
+        if state[first].is_meta:
+            raise FileError(f"{first!r} is on the meta device and has no values that could be saved.")
         grid = next((grids[name] for name in (first, *others) if name in grids), None)
         encoded = encode(state[first], grid)
         if encoded.off_grid:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vanishing.blend import (
     Blend,
@@ -18,13 +18,15 @@ from vanishing.blend import (
 )
 from vanishing.compressors import CompressedWeight, Compressor
 from vanishing.compressors.low_rank import LowRankWeight
-from vanishing.errors import TransitionError
+from vanishing.equality import difference_beyond_rounding
+from vanishing.errors import ConfigError, TransitionError
 from vanishing.layers import Factored
-from vanishing.plan import PlannedBlock, PlannedWeight
-from vanishing.receipt import FinishedLayer, Grid
+from vanishing.plan import Plan, PlannedBlock, PlannedWeight
+from vanishing.random_state import random_state_kept
+from vanishing.receipt import FinishedLayer
 
 _TOLERANCE = 1e-5
-_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
+_HOOKS = tuple(n for n in nn.Module().__dict__ if n.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
 
 
 class Site(ABC):
@@ -61,7 +63,7 @@ class Site(ABC):
     @property
     @abstractmethod
     def original_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the original form."""
+        """The parameters of the original form; the compressed one may have some of them too."""
 
     @property
     @abstractmethod
@@ -115,12 +117,18 @@ class WeightSite(Site):
         if not isinstance(form, LowRankWeight):
             return
         layer = self.planned.layer
-        probe = layer.kind.probe_input(layer.module)
-        assert probe is not None
         plain = form.plain_layers(layer.module, layer.kind)
-        with torch.no_grad():
+        with torch.no_grad(), random_state_kept(self.weight.device):
+            probe = layer.kind.probe_input(layer.module)
+            assert probe is not None
             expected, got = layer.module.forward(probe), plain(probe)
-        _require_equal(self.name, expected, got)
+        difference = difference_beyond_rounding([expected], [got], _TOLERANCE)
+        if difference is not None:
+            raise TransitionError(
+                f"{self.name!r} would change when it is finished: its outputs differ by {difference:.3g} from those at "
+                f"beta = 0. This is a defect of the technique, not of your model; transition.cancel() gives the "
+                f"original back."
+            )
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> dict[str, FinishedLayer]:
@@ -154,7 +162,7 @@ class BlockSite(Site):
         self.rule = planned.rule
         self.compressor = planned.compressor
         replacement = planned.compressor.build(planned.block)
-        self.blend = BlendedBlock(planned.block, replacement)
+        self.blend = BlendedBlock(planned.block, replacement, planned.name)
         device = next((p.device for p in planned.block.parameters()), None)
         if device is not None:
             self.blend.beta_tensor = self.blend.beta_tensor.to(device)
@@ -164,8 +172,7 @@ class BlockSite(Site):
 
     @property
     def original_parameters(self) -> list[nn.Parameter]:
-        kept = {id(p) for p in self.blend.replacement.parameters()}
-        return [p for p in self.blend.original.parameters() if id(p) not in kept]
+        return list(self.blend.original.parameters())
 
     @property
     def new_parameters(self) -> list[nn.Parameter]:
@@ -189,15 +196,40 @@ class BlockSite(Site):
         return {self.name: FinishedLayer(self.compressor, "replaced", *before, {})}
 
 
+def build_block_sites(plan: Plan) -> list[BlockSite]:
+    """Return the blocks with their replacements; a factory that fails to make one adds to the plan's problems."""
+    sites = []
+    for block in plan.blocks:
+        try:
+            sites.append(BlockSite(block))
+        except ConfigError as error:
+            plan.problems.append(f"{block.name!r} cannot be replaced: {error}")
+    return sites
+
+
 def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put a module in every place of the model where another one is; the user's hooks move along."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is old and parent is not new:
                 parent._modules[name] = new
-    for hooks in _HOOKS:
-        # The dictionaries themselves, so that a handle that the user kept still removes its hook.
-        new.__dict__[hooks], old.__dict__[hooks] = old.__dict__[hooks], new.__dict__[hooks]
+    _move_hooks(old, new)
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module the hooks of another one; hooks that it has of its own run inside of those."""
+    for name in _HOOKS:
+        moved, own = old.__dict__[name], new.__dict__[name]
+        if not moved:
+            continue
+        if own:
+            outer = dict(moved)
+            moved.clear()
+            moved.update(outer | own if "pre" in name else own | outer)
+        # The dictionary itself, so that a handle that the user kept still removes its hook.
+        new.__dict__[name], old.__dict__[name] = moved, type(moved)()
+    if new._is_full_backward_hook is None:
+        new._is_full_backward_hook = old._is_full_backward_hook
 
 
 def _make_factors_plain(plain: Factored) -> None:
@@ -211,12 +243,3 @@ def _make_factors_plain(plain: Factored) -> None:
 
 def _bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
-
-
-def _require_equal(name: str, expected: Tensor, got: Tensor) -> None:
-    difference = float((expected - got).abs().max())
-    if difference > _TOLERANCE * max(float(expected.abs().max()), 1.0):
-        raise TransitionError(
-            f"{name!r} would change when it is finished: its outputs differ by {difference:.3g} from those at beta = 0. "
-            f"This is a defect of the technique, not of your model; transition.cancel() gives the original back."
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,16 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vanishing.batchnorm import reestimate_batchnorm
+from vanishing.batchnorm import at_least_one, reestimate_batchnorm
 from vanishing.compressors import Compressor, Moment, WeightCompressor
+from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import TransitionError
 from vanishing.inputs import call
-from vanishing.optimizers import OptimizerWatch, held_ids, join, leave
+from vanishing.optimizers import OptimizerWatch, held_ids, join, leave, unheld_problems
 from vanishing.plan import make_plan
-from vanishing.receipt import FinishedLayer, Receipt, attach_receipt
+from vanishing.random_state import random_state_restored_on_error
+from vanishing.receipt import FinishedLayer, Receipt, extend_receipt
 from vanishing.recipe import Recipe
 from vanishing.schedules import LinearSchedule, Schedule
-from vanishing.sites import BlockSite, Site, WeightSite
+from vanishing.sites import Site, WeightSite, build_block_sites
 
 _WHOLE_MODEL_TOLERANCE = 1e-4
 
@@ -55,8 +58,10 @@ def prepare(
 
     Raises:
         RecipeError: the recipe does not fit the model; every problem is listed and nothing was changed.
-        TypeError: arguments that contradict each other.
+        TransitionError: a replacement does not return for the example inputs what its block does; nothing was changed.
+        TypeError: arguments of the wrong type, or that contradict each other.
 
+    >>> from vanishing import MagnitudePruning
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> transition = prepare(model, MagnitudePruning(sparsity=0.5), steps=10, ignore=["2"])
     >>> transition.beta
@@ -66,20 +71,15 @@ def prepare(
     plan = make_plan(model, resolved)
     if calibration is not None:
         plan.problems.append("calibration batches were given, but no technique of the recipe looks at activations.")
-    if optimizer is not None and not plan.problems:
-        held = held_ids([optimizer])
-        missing = next((w.names[0] for w in plan.weights if id(w.layer.weight) not in held), None)
-        if missing is not None:
-            plan.problems.append(
-                f"the optimizer does not hold the weight of {missing!r}. Make it from model.parameters(), or leave "
-                f"`optimizer` out and make it after prepare."
-            )
-    plan.check()
+    if optimizer is not None:
+        plan.problems += unheld_problems(optimizer, plan.places())
     ramps = [rule.ramp or resolved.ramp for _, rule in resolved.rules]
-    sites: list[Site] = [WeightSite(w, ramped=ramps[w.rule] is not None) for w in plan.weights]
-    sites += [BlockSite(b) for b in plan.blocks]
-    transition = Transition(model, resolved, sites, example_inputs)
-    transition._begin(optimizer)
+    with random_state_restored_on_error():
+        blocks = build_block_sites(plan)
+        plan.check()
+        weights = [WeightSite(w, ramped=ramps[w.rule] is not None) for w in plan.weights]
+        transition = Transition(model, resolved, [*weights, *blocks], example_inputs)
+        transition._begin(optimizer)
     return transition
 
 
@@ -112,7 +112,7 @@ class Transition:
         self._ramps: list[Schedule | None] = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
         self._ended: str | None = None
         self._optimizers = OptimizerWatch()
-        self._checked_optimizers = 0
+        self._checked_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     # The clock
 
@@ -192,11 +192,14 @@ class Transition:
             TransitionError: the state is of another recipe, or no state of a transition.
         """
         self._require_active()
-        if set(state) != {"steps_done", "recipe"} or not isinstance(state["steps_done"], int) or state["steps_done"] < 0:
-            raise TransitionError(f"expected a transition's state with steps_done and recipe, got {sorted(map(str, state))}.")
+        known = isinstance(state, Mapping) and set(state) == {"steps_done", "recipe"}
+        if not known or not isinstance(state["steps_done"], int) or state["steps_done"] < 0:
+            got = dict(state) if isinstance(state, Mapping) else state
+            raise TransitionError(f"expected a transition's state with steps_done and recipe, got {got!r:.200}.")
         if state["recipe"] != json.dumps(self.recipe.to_dict()):
             raise TransitionError(
-                f"the state was saved with another recipe, {state['recipe']}. Prepare the model with that one to resume."
+                f"the state was saved with another recipe, {state['recipe']}. Prepare the model with that one to "
+                f"resume."
             )
         self._step = state["steps_done"]
         self._set_clock()
@@ -218,15 +221,17 @@ class Transition:
             The same model object.
 
         Raises:
-            TransitionError: the schedules are not over and `force` is not set; or the transition has ended already.
+            TransitionError: the schedules are not over and `force` is not set; `recalibrate` has no batch; or the
+                transition has ended already.
         """
         self._require_active()
+        if not (self.done or force):
+            raise TransitionError(
+                f"finish: {self.end - self._step} of {self.end} optimizer steps remain until the compressed form "
+                f"stands alone. Train on, or call finish(force=True) to cut them off."
+            )
+        batches = None if recalibrate is None else at_least_one(recalibrate)
         if not self.done:
-            if not force:
-                raise TransitionError(
-                    f"finish: {self.end - self._step} of {self.end} optimizer steps remain until the compressed form stands "
-                    f"alone. Train on, or call finish(force=True) to cut them off."
-                )
             self._move(self.end)
         with self._overridden(0.0):
             for site in self._sites:
@@ -242,10 +247,10 @@ class Transition:
         self._close("finished")
         stays = {id(p) for p in self.model.parameters()}
         leave(self._optimizers.seen, [p for p in gone if id(p) not in stays])
-        attach_receipt(self.model, Receipt(self.recipe, layers))
+        extend_receipt(self.model, Receipt(self.recipe, layers))
         self._compare(before, self._example_outputs())
-        if recalibrate is not None:
-            reestimate_batchnorm(self.model, recalibrate)
+        if batches is not None:
+            reestimate_batchnorm(self.model, batches)
         self._example_inputs = None
         return self.model
 
@@ -266,23 +271,23 @@ class Transition:
     # Inside
 
     def _begin(self, optimizer: Optimizer | None) -> None:
-        for site in self._sites:
-            site.install(self.model)
-        self._set_clock()
-        self._update(Moment(step=0, arriving=True, settled=False))
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._close, "refused")
+            for site in self._sites:
+                site.install(self.model)
+                undo.callback(site.remove, self.model)
+            self._set_clock()
+            self._update(Moment(step=0, arriving=True, settled=False))
+            # Between the forms, where both run and their shapes must agree, and with nothing left of the original.
+            for beta in (0.5, 0.0):
+                with self._overridden(beta):
+                    self._example_outputs()
+            undo.pop_all()
         if optimizer is not None:
             self._optimizers.seen.add(optimizer)
-            held = held_ids([optimizer])
+            names = {id(p): name for name, p in self.model.named_parameters()}
             for site in self._sites:
-                beside = next((p for p in site.original_parameters if id(p) in held), None)
-                if beside is not None:
-                    join(optimizer, beside, site.new_parameters)
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.cancel)
-            # Between the forms, where both run and their shapes must agree.
-            with self._overridden(0.5):
-                self._example_outputs()
-            undo.pop_all()
+                join(optimizer, site.original_parameters, {names[id(p)]: p for p in site.new_parameters})
 
     def _move(self, step: int) -> None:
         self._require_active()
@@ -346,20 +351,21 @@ class Transition:
 
     def _check_optimizers(self) -> None:
         """Raise if the optimizers that trained the model do not hold what is new in it."""
-        optimizers = list(self._optimizers.seen)
-        if len(optimizers) == self._checked_optimizers:
+        if all(optimizer in self._checked_optimizers for optimizer in self._optimizers.seen):
             return
-        held = held_ids(optimizers)
+        held = held_ids(self._optimizers.seen)
+        trains_model = any(id(p) in held for p in self.model.parameters())
         for site in self._sites:
             new = [p for p in site.new_parameters if p.requires_grad]
-            trained = any(id(p) in held for p in site.original_parameters)
+            originals = site.original_parameters
+            trained = any(id(p) in held for p in originals) if originals else trains_model
             if trained and any(id(p) not in held for p in new):
                 raise TransitionError(
-                    f"the optimizer was made before prepare: it holds the original of {site.name!r} but not the "
-                    f"{len(new)} new parameters of its compressed form, which would never be trained. Pass "
-                    f"optimizer= to prepare, or make the optimizer afterwards."
+                    f"the optimizer was made before prepare: it does not hold the {len(new)} new parameters of the "
+                    f"compressed form of {site.name!r}, which would never be trained. Pass optimizer= to prepare, or "
+                    f"make the optimizer afterwards."
                 )
-        self._checked_optimizers = len(optimizers)
+        self._checked_optimizers.update(self._optimizers.seen)
 
     def _example_outputs(self) -> list[Tensor]:
         """The model's floating outputs for the example inputs, in evaluation mode; none without example inputs."""
@@ -369,12 +375,11 @@ class Transition:
         return [t for t in outputs if isinstance(t, Tensor) and t.is_floating_point()]
 
     def _compare(self, before: list[Tensor], after: list[Tensor]) -> None:
-        for old, new in zip(before, after, strict=True):
-            difference = float((old - new).abs().max())
-            if difference > _WHOLE_MODEL_TOLERANCE * max(float(old.abs().max()), 1.0):
-                raise TransitionError(
-                    f"the finished model differs from the transition at beta = 0 by {difference:.3g} on the example inputs."
-                )
+        difference = difference_beyond_rounding(before, after, _WHOLE_MODEL_TOLERANCE)
+        if difference is not None:
+            raise TransitionError(
+                f"the finished model differs from the transition at beta = 0 by {difference:.3g} on the example inputs."
+            )
 
 
 def _merged(first: FinishedLayer, second: FinishedLayer) -> FinishedLayer:

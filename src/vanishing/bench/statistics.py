@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -46,7 +46,7 @@ class PairedDifference:
     behind: int
 
 
-def lead_over_best(values: Sequence[float], others: dict[str, Sequence[float]]) -> PairedDifference:
+def lead_over_best(values: Sequence[float], others: Mapping[str, Sequence[float]]) -> PairedDifference:
     """Return the paired difference to the strategy with the highest mean among the others.
 
     Args:

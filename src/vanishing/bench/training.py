@@ -90,7 +90,9 @@ class Run:
     curve: tuple[Point, ...]
 
 
-def train_dense(task: Task, budget: Budget, folder: Path, on_step: Callable[[], None]) -> tuple[dict[str, Tensor], Outcome]:
+def train_dense(
+    task: Task, budget: Budget, folder: Path, on_step: Callable[[], None]
+) -> tuple[dict[str, Tensor], Outcome]:
     """Train the original from random weights; return its state and how good and how large it is."""
     torch.manual_seed(task.seed)
     model = task.make_model()
@@ -99,7 +101,13 @@ def train_dense(task: Task, budget: Budget, folder: Path, on_step: Callable[[], 
 
 
 def fine_tune(
-    task: Task, dense: dict[str, Tensor], compressor: Compressor, arm: Arm, budget: Budget, folder: Path, on_step: Callable[[], None]
+    task: Task,
+    dense: dict[str, Tensor],
+    compressor: Compressor,
+    arm: Arm,
+    budget: Budget,
+    folder: Path,
+    on_step: Callable[[], None],
 ) -> tuple[Outcome, tuple[Point, ...]]:
     """Compress a trained original by one strategy.
 
@@ -142,7 +150,7 @@ def fine_tune(
 
 
 def _train(task: Task, model: nn.Module, budget: Budget, after_step: Callable[[], None]) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=budget.learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=budget.learning_rate, fused=True)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, budget.rate)
     for batch in task.batches(budget.steps):
         task.loss(model, batch).backward()

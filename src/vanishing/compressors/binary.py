@@ -6,14 +6,16 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from vanishing.compressors.base import Gradient, ProjectionCompressor
-from vanishing.compressors.blocks import to_blocks
+from vanishing.compressors.base import Gradient, ProjectedWeight, ProjectionCompressor
+from vanishing.compressors.blocks import from_blocks, stored_scale, to_blocks, total
 from vanishing.compressors.quantization import (
+    Quantization,
     annealed,
     binary_scale,
     check_quantizer_gradient,
     make_grid,
     quantize,
+    with_sign,
     within_scale,
 )
 from vanishing.granularity import PerChannel, PerGroup, PerTensor
@@ -55,3 +57,38 @@ class Binary(ProjectionCompressor):
     def grid(self, matrix: Tensor, layout: Layout) -> Grid:
         scale = binary_scale(matrix, to_blocks(matrix, self.granularity), self.granularity)
         return make_grid(1, scale, None, self.granularity, layout)
+
+
+class SignsOfKept(ProjectedWeight):
+    """What one bit a weight is after pruning: zeros do not count in the scale of the others.
+
+    Args:
+        compressor: the binary quantizer.
+        layout: how the weight becomes a matrix.
+    """
+
+    def __init__(self, compressor: Binary | Quantization, layout: Layout) -> None:
+        super().__init__(layout)
+        self.compressor = compressor
+
+    def project(self, matrix: Tensor) -> Tensor:
+        granularity, bits = self.compressor.granularity, annealed(1, self.strength)
+        if bits != 1:
+            return quantize(matrix, bits, granularity, symmetric=True)
+        blocks = to_blocks(matrix, granularity)
+        return from_blocks(with_sign(self._scale(blocks), blocks), matrix)
+
+    def inside(self, matrix: Tensor) -> Tensor | None:
+        if self.compressor.gradient is not Gradient.CLIPPED:
+            return None
+        blocks = to_blocks(matrix, self.compressor.granularity)
+        return from_blocks(blocks.abs() <= 2 * self._scale(blocks), matrix)
+
+    def matrix_grid(self, matrix: Tensor) -> Grid:
+        granularity = self.compressor.granularity
+        return make_grid(1, self._scale(to_blocks(matrix, granularity)), None, granularity, self.layout)
+
+    def _scale(self, blocks: Tensor) -> Tensor:
+        magnitudes = blocks.abs()
+        kept = magnitudes.count_nonzero(-1).unsqueeze(-1).clamp_(min=1)
+        return stored_scale(total(magnitudes).div_(kept).to(blocks.dtype), self.compressor.granularity)

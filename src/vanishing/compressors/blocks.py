@@ -27,6 +27,11 @@ def from_blocks(blocks: Tensor, matrix: Tensor) -> Tensor:
     return blocks.reshape(matrix.shape[0], -1)[:, : matrix.shape[1]]
 
 
+def total(blocks: Tensor) -> Tensor:
+    """Return the sum of each block in at least single precision: half precision overflows and cannot count."""
+    return blocks.sum(-1, keepdim=True, dtype=torch.promote_types(blocks.dtype, torch.float32))
+
+
 def block_sizes(matrix: Tensor, blocks: Tensor, granularity: Granularity) -> Tensor | int:
     """Return how many weights of the matrix each block holds, broadcastable against their scales."""
     size = blocks.shape[-1]

@@ -9,7 +9,9 @@ from typing import cast
 from torch import Tensor, nn
 
 from vanishing.compressors.base import CompressedWeight, LayerView, Moment, ProjectedWeight, WeightCompressor
-from vanishing.compressors.low_rank import LowRank, LowRankWeight
+from vanishing.compressors.binary import Binary, SignsOfKept
+from vanishing.compressors.low_rank import LowRank, LowRankWeight, layer_view
+from vanishing.compressors.quantization import Quantization
 from vanishing.errors import ConfigError
 from vanishing.layers.base import LayerKind, Layout
 from vanishing.receipt import Grid
@@ -20,7 +22,7 @@ class Chain(WeightCompressor):
     """Techniques applied in turn, as made by `MagnitudePruning(0.5) | Quantization(bits=4)`.
 
     Low rank comes first (what follows acts on its factors), then pruning, then quantization. Pruned weights stay zero
-    under every quantizer that has a zero.
+    under every quantizer; one bit is the sign of a weight that is kept, times the mean magnitude of those that are.
 
     Args:
         compressors: the techniques in their order; chains in it are flattened.
@@ -36,7 +38,8 @@ class Chain(WeightCompressor):
 
     @property
     def ramps(self) -> bool:
-        return all(c.ramps for c in self.compressors)
+        # What acts on the factors would lose its groups, or its count of zeros, with every component that is dropped.
+        return all(c.ramps for c in self.compressors) and not self.replaces_layer
 
     @property
     def replaces_layer(self) -> bool:
@@ -58,16 +61,25 @@ class Chain(WeightCompressor):
         return next((reason for c in self.compressors if (reason := c.refusal(kind))), None)
 
     def problem(self, layer: LayerView) -> str | None:
-        return next((reason for c in self.compressors if (reason := c.problem(layer))), None)
+        first = self.compressors[0]
+        if not isinstance(first, LowRank):
+            return next((reason for c in self.compressors if (reason := c.problem(layer))), None)
+        reason = first.problem(layer)
+        if reason:
+            return reason
+        factors = layer.kind.factor(layer.module, first.rank_of(layer))
+        reasons = (self._rest().problem(layer_view(thin, "weight")) for thin in factors)
+        return next((f"of one of its factors: {reason}" for reason in reasons if reason), None)
 
     def form(self, layer: LayerView, *, ramped: bool) -> CompressedWeight:
         first, rest = self.compressors[0], self._rest()
         if not isinstance(first, LowRank):
-            parts = [cast(ProjectedWeight, c.form(layer, ramped=ramped)) for c in self.compressors]
-            return ChainedWeight(layer.layout, parts)
-        form = LowRankWeight(first, layer, ramped=ramped)
-        form.compress_factors(rest, layer)
-        return form
+            parts = [
+                first.form(layer, ramped=ramped),
+                *(_form_after_another(c, layer, ramped) for c in self.compressors[1:]),
+            ]
+            return ChainedWeight(layer.layout, [cast(ProjectedWeight, part) for part in parts])
+        return LowRankWeight(first, layer, ramped=ramped, on_factors=rest)
 
     def update(self, forms: Sequence[CompressedWeight], weights: Sequence[Tensor], moment: Moment) -> None:
         first, rest = self.compressors[0], self._rest()
@@ -84,17 +96,25 @@ class Chain(WeightCompressor):
         return rest[0] if len(rest) == 1 else Chain(compressors=rest)
 
 
+def _form_after_another(compressor: WeightCompressor, layer: LayerView, ramped: bool) -> CompressedWeight:
+    one_bit = isinstance(compressor, Binary) or (isinstance(compressor, Quantization) and compressor.bits == 1)
+    return SignsOfKept(compressor, layer.layout) if one_bit else compressor.form(layer, ramped=ramped)
+
+
 class ChainedWeight(ProjectedWeight):
-    """Projections in turn; each sees what the one before left."""
+    """Projections in turn; each sees what the one before left, and what the first one set to zero stays zero."""
 
     def __init__(self, layout: Layout, parts: Sequence[ProjectedWeight]) -> None:
         super().__init__(layout)
         self.parts = nn.ModuleList(parts)
 
     def project(self, matrix: Tensor) -> Tensor:
-        for part in self._projections():
-            matrix = part.project(matrix)
-        return matrix
+        first, *rest = self._projections()
+        result = masked = first.project(matrix)
+        for part in rest:
+            result = part.project(result)
+        # What was pruned stays zero, also where a quantizer or a codebook has no zero.
+        return result.mul_(masked.ne_(0))
 
     def inside(self, matrix: Tensor) -> Tensor | None:
         result: Tensor | None = None

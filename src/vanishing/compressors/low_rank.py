@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -16,8 +17,6 @@ from vanishing.compressors.base import Beta, CompressedWeight, LayerView, Moment
 from vanishing.errors import ConfigError
 from vanishing.layers.base import Factored, LayerKind, Layout
 from vanishing.receipt import Grid
-
-_SVD_TYPE = torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,9 @@ class LowRank(WeightCompressor):
     def check(self) -> None:
         given = [name for name in ("rank", "ratio", "energy") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ConfigError(f"LowRank takes exactly one of rank, ratio and energy, got {' and '.join(given) or 'none'}.")
+            raise ConfigError(
+                f"LowRank takes exactly one of rank, ratio and energy, got {' and '.join(given) or 'none'}."
+            )
 
     def refusal(self, kind: LayerKind) -> str | None:
         return kind.why_not_factored
@@ -71,14 +72,14 @@ class LowRank(WeightCompressor):
 
     def update(self, forms: Sequence[CompressedWeight], weights: Sequence[Tensor], moment: Moment) -> None:
         for form in cast(Sequence[LowRankWeight], forms):
-            form.drop_components()
+            form.choose_components()
 
-    def rank_of(self, layer: LayerView, singular_values: Tensor) -> int:
+    def rank_of(self, layer: LayerView, singular_values: Tensor | None = None) -> int:
         """Return the rank for a layer.
 
         Args:
             layer: the weight.
-            singular_values: (groups, full rank), falling.
+            singular_values: (groups, full rank), falling; computed where they matter if not given.
         """
         if self.rank is not None:
             return self.rank
@@ -87,6 +88,8 @@ class LowRank(WeightCompressor):
             rank = int(self.ratio * rows * columns / (rows + columns))
         else:
             assert self.energy is not None
+            if singular_values is None:
+                singular_values = torch.linalg.svdvals(grouped_matrix(layer))
             share = singular_values.double().square().sum(0).cumsum(0)
             rank = int((share < self.energy * share[-1]).sum()) + 1
         return min(max(rank, 1), full_rank(layer))
@@ -97,6 +100,12 @@ def full_rank(layer: LayerView) -> int:
     return min(layer.layout.rows // layer.groups, layer.columns)
 
 
+def grouped_matrix(layer: LayerView) -> Tensor:
+    """Return the weight as (groups, rows a group, columns), in a type that can be decomposed."""
+    matrix = layer.layout.to_matrix(layer.weight.detach()).reshape(layer.groups, -1, layer.columns)
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+
 class LowRankWeight(CompressedWeight):
     """Two plain layers whose weights multiply to the compressed weight.
 
@@ -104,30 +113,36 @@ class LowRankWeight(CompressedWeight):
         compressor: the technique.
         layer: the weight that the factors start from.
         ramped: whether the factors start at full rank and lose components as the strength grows.
+        on_factors: a technique on both factors, fully faded in from the start.
     """
 
-    def __init__(self, compressor: LowRank, layer: LayerView, *, ramped: bool) -> None:
+    def __init__(
+        self, compressor: LowRank, layer: LayerView, *, ramped: bool, on_factors: WeightCompressor | None = None
+    ) -> None:
         super().__init__()
         self.layout: Layout = layer.layout
         self.groups = layer.groups
-        matrix = layer.layout.to_matrix(layer.weight.detach()).reshape(self.groups, -1, layer.columns)
-        u, s, vh = torch.linalg.svd(matrix.to(_SVD_TYPE), full_matrices=False)
-        self.final_rank = compressor.rank_of(layer, s)
         self.ramped = ramped
-        rank = full_rank(layer) if ramped else self.final_rank
-        self.factors = layer.kind.factor(layer.module, rank)
+        self._make_factors = functools.partial(layer.kind.factor, layer.module)
+        self._on_factors = on_factors
+        u, s, vh = torch.linalg.svd(grouped_matrix(layer), full_matrices=False)
+        final_rank = compressor.rank_of(layer, s)
+        rank = full_rank(layer) if ramped else final_rank
+        self.factors = self._make_factors(rank)
         root = s[:, None, :rank].sqrt()
-        with torch.no_grad():
-            self.factors.left.copy_(u[:, :, :rank] * root)
-            self.factors.right.copy_((vh[:, :rank] * root.mT))
+        self.factors.assign(u[:, :, :rank] * root, vh[:, :rank] * root.mT)
         if ramped:
-            kept = torch.ones(rank, dtype=matrix.dtype, device=matrix.device)
+            kept = torch.ones(rank, dtype=layer.weight.dtype, device=layer.weight.device)
             self.register_buffer("kept_components", kept)
+            self.register_buffer("final_rank", torch.tensor(final_rank))
         self.factors.train(layer.module.training)
         bias = getattr(layer.module, "bias", None)
         if bias is not None:
             # The layer's own parameter: the two forms share one bias.
             self.factors[1].bias = bias
+        self._compress_factors()
+        if compressor.energy is not None and not ramped:
+            self.register_load_state_dict_pre_hook(_take_saved_rank)
 
     @property
     def factored(self) -> Factored | None:
@@ -150,48 +165,78 @@ class LowRankWeight(CompressedWeight):
     def grid(self, weight: Tensor) -> Grid | None:
         return None
 
-    def drop_components(self) -> None:
-        """Keep as many components as the strength allows: those whose factors have the largest norms."""
+    def choose_components(self) -> None:
+        """Keep as many components as the strength allows: of those that are left the ones with the largest factors."""
         if not self.ramped:
             return
         kept = self.get_buffer("kept_components")
-        full = kept.numel()
-        rank = round(full + self.strength * (self.final_rank - full))
-        if rank < int(kept.count_nonzero()):
-            norms = self.factors.left.norm(dim=1).square().sum(0) * self.factors.right.norm(dim=2).square().sum(0)
-            chosen = norms.where(kept > 0, -1.0).topk(rank).indices
-            kept.zero_().index_fill_(0, chosen, 1.0)
+        full, final = kept.numel(), int(self.get_buffer("final_rank"))
+        rank, left = round(full + self.strength * (final - full)), int(kept.count_nonzero())
+        if rank == left:
+            return
+        if rank > left:
+            # The clock was set back: those that were dropped are as they were then.
+            kept.fill_(1.0)
+        norms = self.factors.left.norm(dim=1).square().sum(0) * self.factors.right.norm(dim=2).square().sum(0)
+        chosen = norms.where(kept > 0, -1.0).topk(rank).indices
+        kept.zero_().index_fill_(0, chosen, 1.0)
 
     def plain_layers(self, module: nn.Module, kind: LayerKind) -> Factored:
         """Return the two plain layers of the final rank: those that were trained, or the kept part of them."""
         if not self.ramped:
             return self.factors
         kept = self.get_buffer("kept_components").nonzero().flatten()
-        plain = kind.factor(module, self.final_rank)
-        with torch.no_grad():
-            plain.left.copy_(self.factors.left[:, :, kept])
-            plain.right.copy_(self.factors.right[:, kept])
+        plain = kind.factor(module, len(kept))
+        plain.assign(self.factors.left[:, :, kept], self.factors.right[:, kept])
         plain[1].bias = self.factors[1].bias
         return plain.train(self.factors.training)
 
-    def compress_factors(self, compressor: WeightCompressor, layer: LayerView) -> None:
-        """Put another technique on both factors, fully faded in from the start."""
-        for thin in self.factors:
-            factor_layer = layer_view(thin, "weight")
-            blend = BlendedWeight(compressor.form(factor_layer, ramped=self.ramped))
-            blend.to(factor_layer.weight.device).set_beta(0.0)
-            parametrize.register_parametrization(thin, "weight", blend, unsafe=True)
+    def change_rank(self, rank: int) -> None:
+        """Make factors of another rank, without values; their parameters keep their identity."""
+        before = dict(self.factors.named_parameters())
+        self.factors = self._make_factors(rank).train(self.factors.training)
+        self.factors[1].bias = before.get("1.bias")
+        self._compress_factors()
+        for name, parameter in list(self.factors.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            before[name].data = parameter.data
+            self.factors.get_submodule(owner)._parameters[leaf] = before[name]
 
     def factor_blends(self) -> list[tuple[BlendedWeight, Tensor]]:
-        """Return the blends that `compress_factors` made, with the latent weight of each."""
+        """Return the blends of the technique on the factors, with the latent weight of each."""
         lists = [thin.parametrizations["weight"] for thin in self.factors if parametrize.is_parametrized(thin)]  # type: ignore[index,union-attr]
         return [(each[0], each.original) for each in lists]
+
+    def _compress_factors(self) -> None:
+        if self._on_factors is None:
+            return
+        for thin in self.factors:
+            layer = layer_view(thin, "weight")
+            form = self._on_factors.form(layer, ramped=False)
+            for part in form.modules():
+                if isinstance(part, CompressedWeight):
+                    part.strength, part.settled = self.strength, self.settled
+            blend = BlendedWeight(form).to(layer.weight.device)
+            blend.set_beta(0.0)
+            parametrize.register_parametrization(thin, "weight", blend, unsafe=True)
 
     def _left(self) -> Tensor:
         return self.factors.left * self.get_buffer("kept_components") if self.ramped else self.factors.left
 
     def _in_shape(self, matrix: Tensor) -> Tensor:
         return self.layout.from_matrix(matrix.reshape(self.layout.rows, -1))
+
+
+def _take_saved_rank(form: LowRankWeight, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before a state is loaded: by energy, the rank follows from the weights with which that run began."""
+    first, latent = f"{prefix}factors.0.weight", f"{prefix}factors.0.parametrizations.weight.original"
+    saved = state.get(first, state.get(latent))
+    if saved is None:
+        return
+    # The first layer's weight has as many numbers for each channel between the two layers.
+    rank = form.factors.rank * saved.numel() // form.factors[0].weight.numel()  # type: ignore[union-attr,operator]
+    if rank != form.factors.rank:
+        form.change_rank(rank)
 
 
 def layer_view(module: nn.Module, name: str) -> LayerView:

@@ -65,7 +65,9 @@ class MagnitudePruning(WeightCompressor):
 
     def problem(self, layer: LayerView) -> str | None:
         if isinstance(self.granularity, NM) and layer.columns % self.granularity.m:
-            return f"its fan-in of {layer.columns} is not a multiple of m = {self.granularity.m}. Add the layer to ignore"
+            return (
+                f"its fan-in of {layer.columns} is not a multiple of m = {self.granularity.m}. Add the layer to ignore"
+            )
         return None
 
     def form(self, layer: LayerView, *, ramped: bool) -> CompressedWeight:

@@ -100,5 +100,3 @@ def build_replacement(factory: Factory, block: nn.Module, name: str) -> nn.Modul
     if like is not None:
         module = module.to(device=like.device, dtype=like.dtype)
     return module.train(block.training)
-
-

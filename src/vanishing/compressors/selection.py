@@ -34,9 +34,9 @@ def keep_largest(magnitudes: Sequence[Tensor], keep: int, guess: float | None = 
     for mask, m in zip(masks, magnitudes, strict=True):
         if missing <= 0:
             break
-        ties = (m == border).flatten().nonzero().flatten()[:missing]
-        mask.view(-1)[ties] = True
-        missing -= ties.numel()
+        ties = (m == border).nonzero()[:missing]
+        mask[tuple(ties.T)] = True
+        missing -= len(ties)
     return masks, float(border)
 
 

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 
 from vanishing.compressors.base import Gradient, ProjectionCompressor
-from vanishing.compressors.blocks import from_blocks, stored_scale, to_blocks
+from vanishing.compressors.blocks import from_blocks, stored_scale, to_blocks, total
 from vanishing.compressors.quantization import (
     annealed,
     check_quantizer_gradient,
@@ -69,5 +69,6 @@ class Ternary(ProjectionCompressor):
         # Compared in place, the mask stays in the weight's type: mixed types are slow on a CPU.
         threshold = _THRESHOLD * mean_magnitude(matrix, blocks, self.granularity)
         kept = magnitude.clone().gt_(threshold)
-        count = kept.sum(-1, keepdim=True).clamp_(min=1)
-        return kept, stored_scale(magnitude.mul_(kept).sum(-1, keepdim=True) / count, self.granularity)
+        count = total(kept).clamp_(min=1)
+        scale = total(magnitude.mul_(kept)).div_(count).to(matrix.dtype)
+        return kept, stored_scale(scale, self.granularity)

@@ -13,7 +13,9 @@ from vanishing.layers.base import LayerKind, Layout, register_kind, row_layout
 @register_kind
 class MultiheadAttentionKind(LayerKind):
     name = "MultiheadAttention"
-    why_not_factored = "nn.MultiheadAttention multiplies with its packed weight itself, so two layers cannot take its place"
+    why_not_factored = (
+        "nn.MultiheadAttention multiplies with its packed weight itself, so two layers cannot take its place"
+    )
 
     def owns(self, module: nn.Module) -> bool:
         return isinstance(module, nn.MultiheadAttention)

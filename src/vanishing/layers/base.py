@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -89,9 +90,9 @@ class Factored(nn.Sequential):
         for name, value in sizes.items():
             setattr(self, name, value)
 
-    def forward(self, input: Tensor, *arguments: Any) -> Tensor:
-        """Return the second layer's output for the first one's; extra arguments go to the first."""
-        output: Tensor = self[1](self[0](input, *arguments))
+    def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
+        """Return the second layer's output for the first one's, which gets the arguments."""
+        output: Tensor = self[1](self[0](*arguments, **keywords))
         return output
 
     @property
@@ -106,20 +107,33 @@ class Factored(nn.Sequential):
 
     @property
     def left(self) -> Tensor:
-        """The factor with the output channels, (groups, rows / groups, rank), a view of a layer's weight."""
+        """The factor with the output channels, (groups, rows / groups, rank)."""
         weight = self[0].weight if self._first_has_rows else self[1].weight
         return weight.reshape(self._groups, self._layout.rows // self._groups, -1)
 
     @property
     def right(self) -> Tensor:
-        """The factor with the fan-in, (groups, rank, columns), a view of a layer's weight."""
+        """The factor with the fan-in, (groups, rank, columns)."""
         if self._first_has_rows:
             return self[1].weight.t().unsqueeze(0)
         columns = math.prod(self._layout.shape) // self._layout.rows
-        weight = self[0].weight
-        if isinstance(self[0], nn.modules.conv._ConvTransposeNd):
-            weight = transposed_layout(tuple(weight.shape), self._groups).to_matrix(weight)
-        return weight.reshape(self._groups, -1, columns)
+        return self._first_layout.to_matrix(self[0].weight).reshape(self._groups, -1, columns)
+
+    @torch.no_grad()
+    def assign(self, left: Tensor, right: Tensor) -> None:
+        """Set the values of the factors, of the shapes of `left` and `right`."""
+        if self._first_has_rows:
+            self[0].weight.copy_(left[0])
+            self[1].weight.copy_(right[0].t())
+            return
+        self[0].weight.copy_(self._first_layout.from_matrix(right.flatten(0, 1)))
+        self[1].weight.copy_(left.reshape(self[1].weight.shape))
+
+    @property
+    def _first_layout(self) -> Layout:
+        shape = tuple(self[0].weight.shape)
+        is_transposed = isinstance(self[0], nn.modules.conv._ConvTransposeNd)
+        return transposed_layout(shape, self._groups) if is_transposed else row_layout(shape)
 
     @property
     def weight(self) -> Tensor:

@@ -10,7 +10,9 @@ from vanishing.layers.base import LayerKind, Layout, register_kind, row_layout
 @register_kind
 class RecurrentKind(LayerKind):
     name = "Recurrent"
-    why_not_factored = "a recurrent layer multiplies with its gates' weights itself, so two layers cannot take its place"
+    why_not_factored = (
+        "a recurrent layer multiplies with its gates' weights itself, so two layers cannot take its place"
+    )
 
     def owns(self, module: nn.Module) -> bool:
         return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
