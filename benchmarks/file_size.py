@@ -67,9 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
-    print(
-        f"{'model':13}{'technique':35}{'dense MiB':>10}{'stored':>8}{'ratio':>8}{'/ factors':>11}{'folder':>9}{'dense':>8}"
-    )
+    titles = f"{'dense MiB':>10}{'stored':>8}{'ratio':>8}{'/ factors':>11}{'folder':>9}{'dense':>8}"
+    print(f"{'model':13}{'technique':35}{titles}")
     sizes = []
     for model in MODELS:
         for technique in TECHNIQUES:
@@ -104,7 +103,7 @@ def measure(model_name: str, technique: str) -> Size:
     stored = sum(
         entry["data_offsets"][1] - entry["data_offsets"][0]
         for name, entry in header.items()
-        if any(name.startswith(f"{layer}.") for layer in layers) and not name.endswith("bias")
+        if any(name.startswith(f"{layer}.") for layer in layers) and ".bias" not in name
     )
     finished = [model.get_submodule(name) for name in layers]
     factors = sum(4 * part.weight.numel() for layer in finished if isinstance(layer, nn.Sequential) for part in layer)

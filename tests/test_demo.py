@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,11 +26,11 @@ RUNNER = CliRunner()
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What a tiny run prints, and its folder."""
     output = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    tiny = Budget(steps=4, fade_steps=2, learning_rate=1e-3, evaluations=2)
+    tiny = Budget(steps=4, fade_steps=2, learning_rate=1e-3, evaluations=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "BUDGET", tiny)
         patch.setattr(demo, "DENSE_BUDGET", tiny)
-        result = RUNNER.invoke(app, ["demo", "--output", str(output), "--seeds", "2"], env={"COLUMNS": "140"})
+        result = RUNNER.invoke(app, ["demo", "--output", str(output), "--seeds", "1"], env={"COLUMNS": "140"})
     assert result.exit_code == 0, result.output
     return result.output, output
 
@@ -54,22 +54,22 @@ def test_the_table_has_every_technique_by_every_strategy(finished: tuple[str, Pa
     printed, output = finished
     for technique in demo.TECHNIQUES:
         for arm in ARMS:
-            assert re.search(rf"{technique} +│ {arm.name} +│ +\d+\.\d ± \d+\.\d │ +\d+\.\d kB │ +\d+\.\d× │", printed)
-    assert printed.count("± ") >= 13 + len(demo.TECHNIQUES)
+            assert re.search(rf"{technique} +│ {arm.name} +│ +\d+\.\d │ +\d+\.\d kB │ +\d+\.\d× │", printed)
+        assert f"{technique}: VCON against" in printed
     assert str(output / "report.html") in printed
 
 
 def test_the_json_holds_the_accuracy_of_the_models_in_the_folder(finished: tuple[str, Path]) -> None:
     _, output = finished
     results = json.loads((output / "results.json").read_text())
-    assert len(results["runs"]) == 2 * len(ARMS) * len(demo.TECHNIQUES)
-    run = next(r for r in results["runs"] if (r["technique"], r["arm"], r["outcome"]["seed"]) == ("rank 3", "VCON", 1))
-    folder = output / "models" / "seed-1" / "rank-3-VCON"
-    task = digits_task(1)
+    assert len(results["runs"]) == len(ARMS) * len(demo.TECHNIQUES)
+    run = next(r for r in results["runs"] if (r["technique"], r["arm"], r["outcome"]["seed"]) == ("rank 3", "VCON", 0))
+    folder = output / "models" / "seed-0" / "rank-3-VCON"
+    task = digits_task(0)
     assert task.accuracy(vanishing.load(folder, task.make_model())) == run["outcome"]["accuracy"]
     assert sum(file.stat().st_size for file in folder.iterdir()) == run["outcome"]["file_bytes"]
-    assert [point["step"] for point in run["curve"]] == [0, 2, 4]
-    assert [point["beta"] for point in run["curve"]] == [1.0, 0.0, 0.0]
+    assert [point["step"] for point in run["curve"]] == [0, 4]
+    assert [point["beta"] for point in run["curve"]] == [1.0, 0.0]
 
 
 def test_every_strategy_starts_from_the_same_original(finished: tuple[str, Path]) -> None:
@@ -90,7 +90,7 @@ def test_the_page_fetches_nothing_and_says_what_the_table_says(finished: tuple[s
     results = json.loads((output / "results.json").read_text())
     for technique, lead in results["lead_of_vcon"].items():
         assert technique[1:] in text
-        assert f"{100 * lead['difference']['mean']:+.1f} ± {100 * lead['difference']['spread']:.1f} points" in text
+        assert f"{100 * lead['difference']['mean']:+.1f} points. One seed says little." in text
     assert text.count("Plotly.newPlot(") >= len(demo.TECHNIQUES) + 2
 
 
@@ -117,12 +117,12 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "pip install 'vanishing[demo]'" in result.stderr
 
 
-def test_the_module_is_the_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "vanishing", "demo", "--help"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0
-    assert "--seeds" in done.stdout
+def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["vanishing", "demo", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("vanishing", run_name="__main__")
+    assert stop.value.code == 0
+    assert "vanishing demo" in capsys.readouterr().out
 
 
 def test_the_small_vit_takes_images_and_gives_logits() -> None:

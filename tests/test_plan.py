@@ -190,7 +190,7 @@ def test_the_plan_is_what_prepare_does() -> None:
         (name, weight)
         for name, module in model.named_modules()
         if nn.utils.parametrize.is_parametrized(module)
-        for weight in module.parametrizations  # type: ignore[union-attr]
+        for weight in module.parametrizations
     }
     assert planned == done == {("0", "weight"), ("1.0", "weight"), ("1.1", "weight_ih_l0"), ("1.1", "weight_hh_l0")}
 

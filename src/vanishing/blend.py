@@ -75,11 +75,24 @@ def install_blended_weight(module: nn.Module, name: str, blend: BlendedWeight) -
     """
     parametrize.register_parametrization(module, name, blend, unsafe=True)
     blended_type: Any = type(module)
+    setattr(blended_type, name, _weight_property(name, getattr(blended_type, name)))
     base_forward = blended_type.__mro__[1].forward
     if isinstance(module, nn.RNNBase):
         blended_type.forward = _recurrent_forward(base_forward)
     if blend.form.factored is not None:
         blended_type.forward = _factored_forward(base_forward, name)
+
+
+def _weight_property(name: str, slow: property) -> property:
+    """PyTorch's property without the two module calls below it, which cost more than blending a small weight."""
+
+    def blended(self: nn.Module) -> Tensor:
+        if parametrize._cache_enabled:
+            return slow.fget(self)  # type: ignore[misc]
+        parametrizations: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+        return parametrizations._modules["0"].forward(parametrizations._parameters["original"])
+
+    return property(blended, slow.fset)
 
 
 def _recurrent_forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:

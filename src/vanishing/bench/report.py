@@ -113,15 +113,13 @@ def _beta_chart(study: Study) -> str:
 
 
 def _size_chart(study: Study) -> str:
-    names = ["the original", *study.design.techniques]
-    sizes = [study.dense_bytes, *(study.file_bytes(technique, VCON.name) for technique in study.design.techniques)]
+    sizes = {"the original": study.dense_bytes}
+    sizes |= {technique: study.file_bytes(technique, VCON.name) for technique in study.design.techniques}
     figure = graph_objects.Figure()
     figure.add_bar(
-        x=[size / 1000 for size in sizes],
-        y=names,
+        x=[size / 1000 for size in sizes.values()],
+        y=[f"{escape(name)}<br>{kilobytes(size)}" for name, size in sizes.items()],
         orientation="h",
-        text=[kilobytes(size) for size in sizes],
-        textposition="auto",
         marker={"color": [_DENSE_COLOR] + [_COLORS[VCON.name]] * len(study.design.techniques)},
     )
     figure.update_yaxes(autorange="reversed", automargin=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vanishing.bench.arms import ARMS, VCON
@@ -82,17 +82,17 @@ def _introduction(task: Task, design: Design) -> str:
 
 
 def _run_with_progress(design: Design, folder: Path, console: Console) -> Study:
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps,"), TimeRemainingColumn(), TextColumn("left"))
+    columns = (BarColumn(bar_width=20), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("left"))
     with Progress(*columns, TextColumn("[dim]{task.description}"), console=console) as progress:
         bar = progress.add_task("", total=design.steps)
         return run_study(design, folder, lambda what: progress.update(bar, advance=1, description=what))
 
 
 def _print_results(study: Study, console: Console) -> None:
-    table = Table(title="Finished models, saved, loaded and tested (mean ± sample standard deviation over seeds)")
+    table = Table(title="Finished models, saved, loaded and tested: mean ± sample standard deviation over seeds")
     table.add_column("technique")
     table.add_column("way")
-    table.add_column("test accuracy, %", justify="right")
+    table.add_column("accuracy, %", justify="right")
     table.add_column("on disk", justify="right")
     table.add_column("smaller", justify="right")
     table.add_row("none", "the original", percent(study.dense_accuracy), kilobytes(study.dense_bytes), "1.0×")

@@ -109,25 +109,32 @@ class CompressedWeight(nn.Module, ABC):
         return None
 
 
-class _RouteGradient(torch.autograd.Function):
-    """Give the weight's place in the graph to a value that was computed from it without a graph."""
+class _ProjectAndBlend(torch.autograd.Function):
+    """A weight blended with its projection, computed without a graph; the gradient goes to the latent weight."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, value: Tensor, inside: Tensor | None, beta: Beta) -> Tensor:
-        ctx.save_for_backward(*([] if inside is None else [inside]), *([beta] if isinstance(beta, Tensor) else []))
-        ctx.has_inside = inside is not None
-        ctx.beta = None if isinstance(beta, Tensor) else beta
-        return value.view_as(value)
+    def forward(ctx: Any, weight: Tensor, form: ProjectedWeight, beta: Beta) -> Tensor:
+        matrix = form.layout.to_matrix(weight)
+        value = form.layout.from_matrix(form.project(matrix))
+        if isinstance(beta, Tensor) or beta > 0.0:
+            value.lerp_(weight, beta)
+        inside = form.inside(matrix)
+        ctx.passes_everywhere = inside is None
+        if inside is not None:
+            tensors = [beta] if isinstance(beta, Tensor) else []
+            ctx.save_for_backward(form.layout.from_matrix(inside), *tensors)
+            ctx.beta = None if tensors else beta
+        return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        if ctx.has_inside:
+        if not ctx.passes_everywhere:
             inside, *rest = ctx.saved_tensors
             beta = rest[0] if rest else ctx.beta
             outside = torch.zeros_like(gradient) if isinstance(beta, float) and beta == 0.0 else gradient * beta
             gradient = torch.where(inside, gradient, outside)
-        return gradient, None, None, None
+        return gradient, None, None
 
 
 class ProjectedWeight(CompressedWeight):
@@ -154,25 +161,14 @@ class ProjectedWeight(CompressedWeight):
         """Return the values that `project(matrix)` takes, None where they are any."""
 
     def compress(self, weight: Tensor) -> Tensor:
-        return self._route(weight, 0.0)
+        return self.blend(weight, 0.0)
 
     def blend(self, weight: Tensor, beta: Beta) -> Tensor:
-        return self._route(weight, beta)
+        blended: Tensor = _ProjectAndBlend.apply(weight, self, beta)
+        return blended
 
     def grid(self, weight: Tensor) -> Grid | None:
         return self.matrix_grid(self.layout.to_matrix(weight))
-
-    def _route(self, weight: Tensor, beta: Beta) -> Tensor:
-        with torch.no_grad():
-            matrix = self.layout.to_matrix(weight)
-            value = self.layout.from_matrix(self.project(matrix))
-            if isinstance(beta, Tensor) or beta > 0.0:
-                value.lerp_(weight, beta)
-            inside = self.inside(matrix)
-            if inside is not None:
-                inside = self.layout.from_matrix(inside)
-        routed: Tensor = _RouteGradient.apply(weight, value, inside, beta)
-        return routed
 
 
 @dataclass(frozen=True)

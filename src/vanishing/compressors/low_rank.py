@@ -106,6 +106,26 @@ def grouped_matrix(layer: LayerView) -> Tensor:
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
+class _BlendProduct(torch.autograd.Function):
+    """`beta W + (1 - beta) B A`, in one pass over the weight forward, and one for each gradient backward."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor, beta: Beta) -> Tensor:
+        ctx.save_for_backward(left, right, *([beta] if isinstance(beta, Tensor) else []))
+        ctx.beta = None if isinstance(beta, Tensor) else beta
+        return (weight * beta).addmm_((1 - beta) * left, right)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        left, right, *rest = ctx.saved_tensors
+        beta = rest[0] if rest else ctx.beta
+        # The thin factors are scaled, not their gradients' sources, which are as large as the weight.
+        left_gradient = gradient @ ((1 - beta) * right).t()
+        right_gradient = (gradient.t() @ ((1 - beta) * left)).t()
+        return gradient * beta, left_gradient, right_gradient, None
+
+
 class LowRankWeight(CompressedWeight):
     """Two plain layers whose weights multiply to the compressed weight.
 
@@ -153,14 +173,12 @@ class LowRankWeight(CompressedWeight):
         return self._in_shape(self._left() @ self.factors.right)
 
     def blend(self, weight: Tensor, beta: Beta) -> Tensor:
+        matrix = self.layout.to_matrix(weight)
+        if self.groups == 1 and not self.ramped:
+            return self.layout.from_matrix(_BlendProduct.apply(matrix, *self.factors.matrices(), beta))
         left, right = self._left(), self.factors.right
-        matrix = self.layout.to_matrix(weight).reshape(self.groups, -1, right.shape[-1])
-        blended = matrix * beta
-        if self.groups == 1:
-            blended = blended[0].addmm_((1 - beta) * left[0], right[0])
-        else:
-            blended = blended.baddbmm_((1 - beta) * left, right)
-        return self._in_shape(blended)
+        blended = (matrix * beta).reshape(self.groups, -1, right.shape[-1])
+        return self._in_shape(blended.baddbmm_((1 - beta) * left, right))
 
     def grid(self, weight: Tensor) -> Grid | None:
         return None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,13 @@ class Layout:
     view: tuple[int, ...]
     order: tuple[int, ...]
     rows: int
+    _is_rows: ClassVar[bool]
+
+    def __post_init__(self) -> None:
+        # Asked for in every forward pass: whether the matrix is the weight with its last dimensions flattened.
+        in_order = self.order == tuple(range(len(self.order))) and self.view == self.shape
+        is_rows = in_order and (len(self.shape) != 2 or self.rows == self.shape[0])
+        object.__setattr__(self, "_is_rows", is_rows)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """Return the weight as (rows, columns), a view of it where the memory allows one."""
@@ -40,16 +46,10 @@ class Layout:
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """Return a (rows, columns) matrix in the layer's own shape."""
         if self._is_rows:
-            return matrix.reshape(self.shape)
+            return matrix if len(self.shape) == 2 else matrix.reshape(self.shape)
         permuted = matrix.reshape([self.view[i] for i in self.order])
         inverse = [self.order.index(i) for i in range(len(self.order))]
         return permuted.permute(inverse).reshape(self.shape).contiguous()
-
-    @functools.cached_property
-    def _is_rows(self) -> bool:
-        """Whether the matrix is the weight with its last dimensions flattened."""
-        rows_first = self.order == tuple(range(len(self.order))) and self.view == self.shape
-        return rows_first and (len(self.shape) != 2 or self.rows == self.shape[0])
 
 
 def row_layout(shape: tuple[int, ...], *, row_dimensions: int = 1) -> Layout:
@@ -118,6 +118,13 @@ class Factored(nn.Sequential):
             return self[1].weight.t().unsqueeze(0)
         columns = math.prod(self._layout.shape) // self._layout.rows
         return self._first_layout.to_matrix(self[0].weight).reshape(self._groups, -1, columns)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return `left` and `right` of the one group of a layer without groups, as matrices."""
+        first, second = self._modules["0"], self._modules["1"]
+        if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
+            return second.weight, first.weight
+        return self.left[0], self.right[0]
 
     @torch.no_grad()
     def assign(self, left: Tensor, right: Tensor) -> None:
