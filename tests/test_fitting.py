@@ -117,6 +117,15 @@ def test_a_block_technique_of_the_users_own_makes_its_block_anew(tmp_path: Path)
     assert torch.equal(outputs(load(tmp_path / "small", net(seed=5))), outputs(model))
 
 
+def test_a_block_that_was_replaced_and_then_compressed_is_rebuilt_in_that_order(tmp_path: Path) -> None:
+    model = compressed(Recipe({"first": Replace(smaller)}, schedule=NOW))
+    model = compressed(Recipe({"first.2": LowRank(rank=3), "second": Binary()}, schedule=NOW), model)
+    save(model, tmp_path / "small")
+    loaded = load(tmp_path / "small", net(seed=5))
+    assert isinstance(loaded.get_submodule("first.2"), Factored)
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
 def test_an_unknown_factory_is_named_with_the_block_and_what_to_do(tmp_path: Path) -> None:
     model = compressed(Recipe({"first": Replace(smaller, name="gone")}, schedule=NOW))
     save(model, tmp_path / "small")

@@ -204,7 +204,7 @@ def _bounded(folder: Path, most_values: int, most_parts: int) -> Iterator[None]:
 
 def _too_large(folder: Path) -> FileError:
     return FileError(
-        f"{folder / CONFIG} describes a model that is far larger than the weights in the file. If that is so on purpose, "
+        f"{folder / CONFIG} describes a model that is far larger than the weights in the file. If that is meant, "
         "build it yourself and call vanishing.load(path, model)."
     )
 

@@ -149,8 +149,8 @@ class Recipe:
         return cls(
             rules,
             ignore=[pattern_from_plain(each) for each in ignore],  # type: ignore[misc]
-            schedule=Schedule.from_dict(data["schedule"]),  # type: ignore[type-abstract]
-            ramp=Schedule.from_dict(data["ramp"]) if data.get("ramp") is not None else None,  # type: ignore[type-abstract]
+            schedule=Schedule.from_dict(data["schedule"]),
+            ramp=Schedule.from_dict(data["ramp"]) if data.get("ramp") is not None else None,
         )
 
     def to_yaml(self) -> str:

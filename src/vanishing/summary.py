@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from vanishing.blend import BlendedBlock, blended_weights
 from vanishing.encodings import encode
 from vanishing.inputs import call
-from vanishing.layers import Factored, find_kind
+from vanishing.layers import Factored, LayerKind, find_kind
 from vanishing.receipt import FinishedLayer, Grid, read_receipt
 
 
@@ -41,6 +41,18 @@ class Size:
     def __add__(self, other: Size) -> Size:
         values = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Size(*(None if a is None or b is None else a + b for a, b in values))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often a layer multiplies with its weight, and at how many positions it has outputs; None if not known."""
+
+    weight: int | None
+    output: int | None
+
+    def __add__(self, other: Passes) -> Passes:
+        pairs = ((self.weight, other.weight), (self.output, other.output))
+        return Passes(*(None if a is None or b is None else a + b for a, b in pairs))
 
 
 @dataclass(frozen=True)
@@ -109,9 +121,9 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     layers = list(_layers(model, finished))
     if not layers:
         raise ValueError(f"summary: {type(model).__name__} has no parameters to sum up.")
-    positions = _count_positions(model, [module for _, module in layers], example_inputs)
+    passes = _count_passes(model, [module for _, module in layers], example_inputs)
     seen: set[int] = set()
-    rows = (_row(name, module, finished.get(name), positions.get(module), seen) for name, module in layers)
+    rows = (_row(name, module, finished.get(name), passes[module], seen) for name, module in layers)
     return Summary(tuple(rows))
 
 
@@ -129,18 +141,16 @@ def _layers(model: nn.Module, finished: dict[str, FinishedLayer]) -> Iterator[tu
             yield name, module
 
 
-def _row(
-    name: str, module: nn.Module, finished: FinishedLayer | None, positions: int | None, seen: set[int]
-) -> SummaryRow:
+def _row(name: str, module: nn.Module, finished: FinishedLayer | None, passes: Passes, seen: set[int]) -> SummaryRow:
     after = [(t, g) for t, g, identity in _final_tensors(module, finished) if _is_new(identity, seen)]
     size = Size(
         parameters=sum(t.numel() for t, _ in after),
         nonzeros=sum(int(t.count_nonzero()) for t, _ in after),
         bytes=sum(p.nbytes for t, g in after for p in encode(t, g).parts.values()),
-        multiply_accumulates=_products(module, positions),
+        multiply_accumulates=_products(module, passes),
     )
     technique = repr(finished.compressor) if finished is not None else ""
-    return SummaryRow(name, _type_name(module), technique, _size_before(module, finished, size, positions), size)
+    return SummaryRow(name, _type_name(module), technique, _size_before(module, finished, size, passes), size)
 
 
 def _is_new(identity: int, seen: set[int]) -> bool:
@@ -169,15 +179,15 @@ def _final_tensors(module: nn.Module, finished: FinishedLayer | None) -> Iterato
             yield parameter.detach(), None if finished is None else finished.grids.get(name), id(parameter)
 
 
-def _size_before(module: nn.Module, finished: FinishedLayer | None, after: Size, positions: int | None) -> Size:
+def _size_before(module: nn.Module, finished: FinishedLayer | None, after: Size, passes: Passes) -> Size:
     if finished is not None:
-        products = None if finished.structure == "replaced" else _dense_products(module, positions)
+        products = None if finished.structure == "replaced" else _dense_products(module, passes)
         return Size(finished.parameters_before, None, finished.bytes_before, products)
     if isinstance(module, BlendedBlock) or parametrize.is_parametrized(module):
         original = list(_original_parameters(module))
         count = sum(p.numel() for p in original)
         nonzeros = sum(int(p.count_nonzero()) for p in original)
-        return Size(count, nonzeros, sum(p.nbytes for p in original), _dense_products(module, positions))
+        return Size(count, nonzeros, sum(p.nbytes for p in original), _dense_products(module, passes))
     return after
 
 
@@ -189,66 +199,73 @@ def _original_parameters(module: nn.Module) -> Iterator[Tensor]:
     yield from (module.parametrizations[name].original.detach() for name, _ in blended_weights(module))  # type: ignore[index,union-attr]
 
 
-def _products(module: nn.Module, positions: int | None) -> int | None:
+def _products(module: nn.Module, passes: Passes) -> int | None:
     """Multiply-accumulates of the form that is left."""
-    if positions is None:
-        return None
     factors: Any = module if isinstance(module, Factored) else None
     for _, blend in blended_weights(module):
         factors = factors or blend.form.factored
-    if factors is not None:
-        return positions * (factors.left.numel() + factors.right.numel())
-    return _dense_products(module, positions)
+    if factors is None:
+        return _dense_products(module, passes)
+    if passes.weight is None or passes.output is None:
+        return None
+    return passes.weight * factors[0].weight.numel() + passes.output * factors[1].weight.numel()
 
 
-def _dense_products(module: nn.Module, positions: int | None) -> int | None:
+def _dense_products(module: nn.Module, passes: Passes) -> int | None:
     """Multiply-accumulates of the layer before it was compressed."""
-    if positions is None:
+    if passes.weight is None:
         return None
     if isinstance(module, Factored):
-        return positions * module.weight.numel()
+        return passes.weight * module.weight.numel()
     kind = find_kind(module)
-    return 0 if kind is None else positions * sum(getattr(module, n).numel() for n in kind.weight_names(module))
+    return 0 if kind is None else passes.weight * sum(getattr(module, n).numel() for n in kind.weight_names(module))
 
 
-def _count_positions(model: nn.Module, modules: list[nn.Module], example_inputs: Any) -> dict[nn.Module, int | None]:
-    """How often each layer multiplies with its weight: for the example inputs, or once."""
-    known: dict[nn.Module, int | None] = {}
-    for module in modules:
-        kind = find_kind(module)
-        if isinstance(module, (BlendedBlock, nn.Embedding)) or (kind is None and not isinstance(module, Factored)):
-            known[module] = None if isinstance(module, BlendedBlock) else 0
-        else:
-            known[module] = 1 if example_inputs is None else 0
+def _count_passes(model: nn.Module, modules: list[nn.Module], example_inputs: Any) -> dict[nn.Module, Passes]:
+    """How often each layer multiplies: for the example inputs or, without any, for one position."""
     if example_inputs is None:
-        return known
+        return {module: _one_pass(module) for module in modules}
+    counted = {module: Passes(0, 0) for module in modules}
 
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        known[module] = _added(known[module], _positions(module, inputs, output))
+        counted[module] += _passes(module, inputs, output)
 
-    counted = [m for m in modules if known[m] == 0 and not isinstance(m, nn.Embedding)]
-    handles = [module.register_forward_hook(count) for module in counted]
+    handles = [module.register_forward_hook(count) for module in modules]
     try:
         call(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return known
+    return {m: Passes(None, None) if isinstance(m, BlendedBlock) else passes for m, passes in counted.items()}
 
 
-def _positions(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int | None:
-    if isinstance(module, Factored):
-        return int(output.numel() // module.rows) if isinstance(output, Tensor) else None
-    kind = find_kind(module)
+def _one_pass(module: nn.Module) -> Passes:
+    if isinstance(module, BlendedBlock):
+        return Passes(None, None)
+    first = module[0] if isinstance(module, Factored) else module
+    return Passes(0 if isinstance(first, nn.Embedding) else 1, 1)
+
+
+def _passes(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Passes:
+    first = module[0] if isinstance(module, Factored) else module
+    kind = find_kind(first)
     if kind is None:
-        return 0
+        return Passes(0, 0)
     if not inputs or not isinstance(inputs[0], Tensor):
-        return None
-    return kind.positions(module, inputs[0], output)
+        return Passes(None, None)
+    if not isinstance(module, Factored):
+        positions = kind.positions(module, inputs[0], output)
+        outputs = output.numel() // _rows(kind, module) if isinstance(output, Tensor) else None
+        return Passes(positions, outputs)
+    outputs = output.numel() // module.rows
+    # What goes from the first layer to the second has its channels at as many positions as the output, or the input.
+    between = torch.empty(outputs * _rows(kind, first), device="meta")
+    return Passes(kind.positions(first, inputs[0], between), outputs)
 
 
-def _added(count: int | None, more: int | None) -> int | None:
-    return None if count is None or more is None else count + more
+def _rows(kind: LayerKind, module: nn.Module) -> int:
+    name = kind.weight_names(module)[0]
+    return kind.layout(module, tuple(getattr(module, name).shape)).rows
 
 
 def _type_name(module: nn.Module) -> str:

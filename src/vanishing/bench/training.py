@@ -30,7 +30,7 @@ class Budget:
     steps: int
     fade_steps: int
     learning_rate: float
-    evaluations: int = 12
+    evaluations: int = 10
 
     def rate(self, step: int) -> float:
         """Return the share of the learning rate for the step after `step` optimizer steps."""

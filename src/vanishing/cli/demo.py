@@ -27,8 +27,8 @@ TECHNIQUES = {
     "binary weights": Binary(granularity=PerTensor()),
     "rank 3": LowRank(rank=3),
 }
-DENSE_BUDGET = Budget(steps=500, fade_steps=200, learning_rate=2e-3)
-BUDGET = Budget(steps=240, fade_steps=96, learning_rate=1e-3)
+DENSE_BUDGET = Budget(steps=400, fade_steps=150, learning_rate=2e-3)
+BUDGET = Budget(steps=180, fade_steps=72, learning_rate=1e-3)
 
 
 def run(

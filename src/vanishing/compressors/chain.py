@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -50,7 +51,7 @@ class Chain(WeightCompressor):
         object.__setattr__(self, "compressors", parts)
         if len(parts) < 2:
             raise ConfigError("Chain takes at least two techniques; use the one alone.")
-        for before, after in zip(parts, parts[1:], strict=False):
+        for before, after in itertools.pairwise(parts):
             if before.stage >= after.stage:
                 raise ConfigError(
                     f"{type(before).__name__} | {type(after).__name__}: each technique of a chain must follow another "
@@ -97,8 +98,9 @@ class Chain(WeightCompressor):
 
 
 def _form_after_another(compressor: WeightCompressor, layer: LayerView, ramped: bool) -> CompressedWeight:
-    one_bit = isinstance(compressor, Binary) or (isinstance(compressor, Quantization) and compressor.bits == 1)
-    return SignsOfKept(compressor, layer.layout) if one_bit else compressor.form(layer, ramped=ramped)
+    if isinstance(compressor, Binary) or (isinstance(compressor, Quantization) and compressor.bits == 1):
+        return SignsOfKept(compressor, layer.layout)
+    return compressor.form(layer, ramped=ramped)
 
 
 class ChainedWeight(ProjectedWeight):

@@ -213,7 +213,7 @@ class LowRankWeight(CompressedWeight):
         """Make factors of another rank, without values; their parameters keep their identity."""
         before = dict(self.factors.named_parameters())
         self.factors = self._make_factors(rank).train(self.factors.training)
-        self.factors[1].bias = before.get("1.bias")
+        self.factors[1].register_parameter("bias", before.get("1.bias"))
         self._compress_factors()
         for name, parameter in list(self.factors.named_parameters()):
             owner, _, leaf = name.rpartition(".")
@@ -222,7 +222,8 @@ class LowRankWeight(CompressedWeight):
 
     def factor_blends(self) -> list[tuple[BlendedWeight, Tensor]]:
         """Return the blends of the technique on the factors, with the latent weight of each."""
-        lists = [thin.parametrizations["weight"] for thin in self.factors if parametrize.is_parametrized(thin)]  # type: ignore[index,union-attr]
+        factors: list[Any] = [thin for thin in self.factors if parametrize.is_parametrized(thin)]
+        lists = [thin.parametrizations["weight"] for thin in factors]
         return [(each[0], each.original) for each in lists]
 
     def _compress_factors(self) -> None:
@@ -252,7 +253,7 @@ def _take_saved_rank(form: LowRankWeight, state: Mapping[str, Tensor], prefix: s
     if saved is None:
         return
     # The first layer's weight has as many numbers for each channel between the two layers.
-    rank = form.factors.rank * saved.numel() // form.factors[0].weight.numel()  # type: ignore[union-attr,operator]
+    rank = form.factors.rank * saved.numel() // form.factors[0].weight.numel()  # type: ignore[operator]
     if rank != form.factors.rank:
         form.change_rank(rank)
 

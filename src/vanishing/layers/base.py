@@ -150,7 +150,7 @@ class Factored(nn.Sequential):
     @property
     def bias(self) -> Tensor | None:
         """The bias of the second layer."""
-        bias: Tensor | None = self[1].bias
+        bias: Any = self[1].bias
         return bias
 
 
@@ -201,8 +201,8 @@ class LayerKind(ABC):
         return None
 
     def positions(self, module: nn.Module, input: Tensor, output: Tensor) -> int | None:
-        """Return how many times a forward pass multiplies with the weight (tokens, pixels); None where nobody can tell."""
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+        """Return how many times a forward pass multiplies with the weight (tokens, pixels); None if not known."""
+        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
         return output.numel() // self.layout(module, shape).rows
 
     def probe_input(self, module: nn.Module) -> Tensor | None:
@@ -210,7 +210,7 @@ class LayerKind(ABC):
         return None
 
     def factor(self, module: nn.Module, rank: int) -> Factored:
-        """Return two plain layers of a rank with memory that is not initialized, on the layer's device and in its type."""
+        """Return two plain layers of a rank, with memory that is not initialized, where and as the layer is."""
         raise NotImplementedError(self.why_not_factored)
 
 

@@ -77,7 +77,7 @@ class ConvolutionKind(LayerKind):
         return _probe_input(module, [d * (k - 1) + 1 + 2 * s for k, d, s in sizes])
 
     def factor(self, module: nn.Module, rank: int) -> Factored:
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
         return _factored(module, _CONVOLUTIONS[_dimensions(module)], rank, row_layout(shape))
 
 

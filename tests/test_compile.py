@@ -1,0 +1,116 @@
+"""A prepared model is traced once while beta moves, and once more when the original is gone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import vanishing
+from vanishing import (
+    Binary,
+    Gradient,
+    LinearSchedule,
+    LowRank,
+    MagnitudePruning,
+    PerGroup,
+    Quantization,
+    Recipe,
+    Replace,
+    Ternary,
+)
+
+COMPRESSORS: dict[str, vanishing.Compressor] = {
+    "pruned": MagnitudePruning(0.5),
+    "pruned_exact_gradient": MagnitudePruning(0.5, gradient=Gradient.EXACT),
+    "binary": Binary(),
+    "ternary": Ternary(),
+    "4_bits": Quantization(bits=4, granularity=PerGroup(size=5)),
+    "2_bits_asymmetric_clipped": Quantization(bits=2, symmetric=False, gradient=Gradient.CLIPPED),
+    "low_rank": LowRank(rank=2),
+    "pruned_binary": MagnitudePruning(0.5) | Binary(),
+    "low_rank_8_bits": LowRank(rank=2) | Quantization(bits=8),
+}
+
+
+class Model(nn.Module):
+    """A convolution and two linear layers, with a block between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 2, groups=1)
+        self.block = nn.Sequential(nn.Linear(32, 12), nn.Tanh(), nn.Linear(12, 16))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.convolution(x).flatten(1)))
+
+
+def run(
+    compressor: vanishing.Compressor, key: str, dtype: torch.dtype, compiled: bool
+) -> tuple[list[torch.Tensor], int]:
+    """Outputs and losses over a whole transition, and how many graphs were traced."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Model().to(dtype)
+    transition = vanishing.prepare(model, Recipe({key: compressor}, schedule=LinearSchedule(steps=5)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    torch._dynamo.utils.counters.clear()
+    outputs = []
+    for _ in range(9):
+        output = step(torch.randn(4, 3, 3, 3, dtype=dtype))
+        output.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        transition.step()
+        outputs.append(output.detach())
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    transition.finish()
+    return [*outputs, *(p.detach() for p in model.parameters())], graphs
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_a_transition_is_two_graphs_and_computes_the_same(name: str) -> None:
+    expected, _ = run(COMPRESSORS[name], "*", torch.float64, compiled=False)
+    got, graphs = run(COMPRESSORS[name], "*", torch.float64, compiled=True)
+    assert graphs == 2
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def half_block(block: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(32, 4), nn.Tanh(), nn.Linear(4, 16))
+
+
+def test_a_replaced_block_is_two_graphs() -> None:
+    expected, _ = run(Replace(half_block), "block", torch.float64, compiled=False)
+    got, graphs = run(Replace(half_block), "block", torch.float64, compiled=True)
+    assert graphs == 2
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pruned", "binary", "low_rank", "pruned_exact_gradient"])
+def test_a_model_in_bfloat16_is_traced_too(name: str) -> None:
+    got, graphs = run(COMPRESSORS[name], "*", torch.bfloat16, compiled=True)
+    assert graphs == 2
+    assert all(tensor.dtype is torch.bfloat16 for tensor in got)
+
+
+@pytest.mark.parametrize("name", ["pruned", "binary", "low_rank"])
+def test_contexts_are_obeyed_by_a_compiled_model(name: str) -> None:
+    model = Model()
+    transition = vanishing.prepare(model, COMPRESSORS[name], steps=10)
+    transition.seek(4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(4, 3, 3, 3)
+    for context in (transition.original, transition.compressed):
+        with context(), torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
