@@ -169,7 +169,7 @@ class PretrainedFolder:
                 f"{self._folder / CONFIG} names the architecture {name!r}, which is not a model of transformers "
                 f"{self._transformers.__version__}. Build it yourself and call vanishing.load(path, model)."
             )
-        expected = getattr(found.config_class, "model_type", None)
+        expected = getattr(getattr(found, "config_class", None), "model_type", None)
         if expected is None or self._settings.get("model_type") != expected:
             raise FileError(
                 f"{self._folder / CONFIG} is of the model type {self._settings.get('model_type')!r}; {name} needs "

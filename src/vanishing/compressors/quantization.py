@@ -25,9 +25,9 @@ ANNEALED_FROM = 8
 class Quantization(ProjectionCompressor):
     """Round each weight to one of `2**bits` equally spaced values.
 
-    Symmetric: codes from `-2**(bits-1)` to `2**(bits-1) - 1` times a scale of `max|w| / ((2**bits - 1) / 2)`; with one
-    bit the two values are plus and minus the mean magnitude, as in `Binary`. Asymmetric: unsigned codes and a zero point
-    that is a code itself, so that 0 stays 0. A ramp anneals the bits from 8 down.
+    Symmetric: codes from `-2**(bits-1)` to `2**(bits-1) - 1`, times a scale of `max|w| / ((2**bits - 1) / 2)`. With 1
+    bit the two values are plus and minus the mean magnitude, as in `Binary`. Asymmetric: unsigned codes and a zero
+    point that is a code itself, so that 0 stays 0. A ramp anneals the bits from 8 down.
 
     Args:
         bits: width of a code, 1 to 8.

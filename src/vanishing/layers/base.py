@@ -108,16 +108,16 @@ class Factored(nn.Sequential):
     @property
     def left(self) -> Tensor:
         """The factor with the output channels, (groups, rows / groups, rank)."""
-        weight = self[0].weight if self._first_has_rows else self[1].weight
+        weight = self._weight_of(0) if self._first_has_rows else self._weight_of(1)
         return weight.reshape(self._groups, self._layout.rows // self._groups, -1)
 
     @property
     def right(self) -> Tensor:
         """The factor with the fan-in, (groups, rank, columns)."""
         if self._first_has_rows:
-            return self[1].weight.t().unsqueeze(0)
+            return self._weight_of(1).t().unsqueeze(0)
         columns = math.prod(self._layout.shape) // self._layout.rows
-        return self._first_layout.to_matrix(self[0].weight).reshape(self._groups, -1, columns)
+        return self._first_layout.to_matrix(self._weight_of(0)).reshape(self._groups, -1, columns)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return `left` and `right` of the one group of a layer without groups, as matrices."""
@@ -130,15 +130,19 @@ class Factored(nn.Sequential):
     def assign(self, left: Tensor, right: Tensor) -> None:
         """Set the values of the factors, of the shapes of `left` and `right`."""
         if self._first_has_rows:
-            self[0].weight.copy_(left[0])
-            self[1].weight.copy_(right[0].t())
+            self._weight_of(0).copy_(left[0])
+            self._weight_of(1).copy_(right[0].t())
             return
-        self[0].weight.copy_(self._first_layout.from_matrix(right.flatten(0, 1)))
-        self[1].weight.copy_(left.reshape(self[1].weight.shape))
+        self._weight_of(0).copy_(self._first_layout.from_matrix(right.flatten(0, 1)))
+        self._weight_of(1).copy_(left.reshape(self._weight_of(1).shape))
+
+    def _weight_of(self, position: int) -> Tensor:
+        weight: Any = self[position].weight
+        return weight
 
     @property
     def _first_layout(self) -> Layout:
-        shape = tuple(self[0].weight.shape)
+        shape = tuple(self._weight_of(0).shape)
         is_transposed = isinstance(self[0], nn.modules.conv._ConvTransposeNd)
         return transposed_layout(shape, self._groups) if is_transposed else row_layout(shape)
 
