@@ -42,7 +42,7 @@ class Technique:
         compressor: the technique, for layers of about ten channels.
         needs: what a layer must allow, of "factors" (two layers in its place), "rank 2" and "groups of 4" (fan-in);
             `LayerCase.refuses` says which layers do not.
-        quick: whether the fast tests have it, and not only the slow ones.
+        quick: whether the fast tests have it with every layer that is quick.
     """
 
     compressor: Compressor
@@ -115,6 +115,7 @@ class LayerCase:
         names: full names of the layers that are compressed, by which a recipe selects them.
         linear: whether the output is linear in all those weights and biases together.
         refuses: what of `Technique.needs` the layers do not allow -> a part of the reason.
+        quick: whether the fast tests have it with every technique that is quick.
     """
 
     make: Callable[[], nn.Module]
@@ -122,6 +123,7 @@ class LayerCase:
     names: tuple[str, ...] = ("layer",)
     linear: bool = True
     refuses: dict[str, str] = field(default_factory=dict)
+    quick: bool = False
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the module with the random weights of a seed, in training mode."""

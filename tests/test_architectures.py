@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -277,3 +278,60 @@ def test_a_layer_that_computes_something_else_is_not_replaced_by_two_plain_ones(
     ):
         vanishing.prepare(model, TECHNIQUES["low_rank"], steps=4)
     assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("job", ["bert-low_rank", "gpt2-pruned", "mixtral-pruned_quantized", "lstm-quantized"])
+def test_a_copy_of_a_model_in_transition_lives_on_its_own(job: str) -> None:
+    run = Run(job).train(SPLIT)
+    copied = copy.deepcopy(run.model)
+    outputs = run.outputs()
+    state = copy.deepcopy(copied.state_dict())
+    run.train(END)
+    assert_same_bits(copied.state_dict(), state)
+    assert_same_bits(evaluate(copied, run.architecture), outputs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("job", ["bert-low_rank", "llama-pruned_quantized", "mixtral-pruned"])
+def test_activation_checkpointing_changes_no_bit(job: str, reentrant: bool) -> None:
+    whole, checkpointed = Run(job), Run(job)
+    model: Any = checkpointed.model
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert_same_bits(checkpointed.train(END).state(), whole.train(END).state())
+
+
+@pytest.mark.parametrize("job", ["gpt2-pruned_quantized", "mixtral-quantized", "t5-low_rank", "bart-pruned"])
+def test_a_language_model_generates_the_same_before_and_after_the_end_and_from_its_file(
+    job: str, tmp_path: Path
+) -> None:
+    run = Run(job).train(END)
+    prompt = {"input_ids": run.architecture.batch(7)["input_ids"]}
+    generated = []
+
+    def generate(model: Any) -> None:
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "use_cache": True}
+        generated.append(model.eval().generate(**prompt, **options))
+
+    generate(run.model)
+    generate(run.transition.finish())
+    vanishing.save(run.model, tmp_path / "small")
+    generate(vanishing.load(tmp_path / "small"))
+    assert_same_bits(generated[1], generated[0])
+    assert_same_bits(generated[2], generated[0])
+
+
+@pytest.mark.parametrize("second", ["pruned", "quantized"])
+@pytest.mark.parametrize("first", ["pruned", "quantized", "low_rank"])
+@pytest.mark.parametrize("name", ["gpt2", "timm_resnet"])
+def test_a_loaded_model_can_be_compressed_again(name: str, first: str, second: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.build()
+    for number, technique in enumerate([first, second]):
+        recipe = vanishing.Recipe({"*": TECHNIQUES[technique]}, schedule=vanishing.StepSchedule(at=0))
+        vanishing.prepare(model, recipe).finish()
+        vanishing.save(model, tmp_path / str(number))
+        loaded = load(tmp_path / str(number), architecture)
+        assert_same_bits(evaluate(loaded, architecture), evaluate(model, architecture))
+        model = loaded
+    assert any(type(module) is Factored for module in model.modules()) == (first == "low_rank")

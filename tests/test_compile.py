@@ -20,6 +20,7 @@ from vanishing import (
     Ternary,
 )
 
+QUICK = {"pruned", "binary", "low_rank"}
 COMPRESSORS: dict[str, vanishing.Compressor] = {
     "pruned": MagnitudePruning(0.5),
     "pruned_exact_gradient": MagnitudePruning(0.5, gradient=Gradient.EXACT),
@@ -34,16 +35,15 @@ COMPRESSORS: dict[str, vanishing.Compressor] = {
 
 
 class Model(nn.Module):
-    """A convolution and two linear layers, with a block between them."""
+    """A convolution and a block of two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(3, 8, 2, groups=1)
-        self.block = nn.Sequential(nn.Linear(32, 12), nn.Tanh(), nn.Linear(12, 16))
-        self.head = nn.Linear(16, 4)
+        self.convolution = nn.Conv2d(3, 8, 2)
+        self.block = nn.Sequential(nn.Linear(32, 12), nn.Tanh(), nn.Linear(12, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.block(self.convolution(x).flatten(1)))
+        return self.block(self.convolution(x).flatten(1))
 
 
 def run(
@@ -75,27 +75,31 @@ def _fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in COMPRESSORS])
 def test_a_transition_is_two_graphs_and_computes_the_same(name: str) -> None:
     expected, _ = run(COMPRESSORS[name], "*", torch.float64, compiled=False)
     got, graphs = run(COMPRESSORS[name], "*", torch.float64, compiled=True)
     assert graphs == 2
+    # beta is in single precision in a graph, and the largest weight of a quantizer's row lies between two codes.
+    tolerance = 1e-2 if "bits" in name else 1e-6
     for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-def half_block(block: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Linear(32, 4), nn.Tanh(), nn.Linear(4, 16))
+def narrow(block: nn.Module) -> nn.Module:
+    """A smaller form of the model's block."""
+    return nn.Sequential(nn.Linear(32, 2), nn.Tanh(), nn.Linear(2, 4))
 
 
 def test_a_replaced_block_is_two_graphs() -> None:
-    expected, _ = run(Replace(half_block), "block", torch.float64, compiled=False)
-    got, graphs = run(Replace(half_block), "block", torch.float64, compiled=True)
+    expected, _ = run(Replace(narrow), "block", torch.float64, compiled=False)
+    got, graphs = run(Replace(narrow), "block", torch.float64, compiled=True)
     assert graphs == 2
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pruned", "binary", "low_rank", "pruned_exact_gradient"])
 def test_a_model_in_bfloat16_is_traced_too(name: str) -> None:
     got, graphs = run(COMPRESSORS[name], "*", torch.bfloat16, compiled=True)
@@ -103,6 +107,7 @@ def test_a_model_in_bfloat16_is_traced_too(name: str) -> None:
     assert all(tensor.dtype is torch.bfloat16 for tensor in got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pruned", "binary", "low_rank"])
 def test_contexts_are_obeyed_by_a_compiled_model(name: str) -> None:
     model = Model()

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -554,3 +555,30 @@ def test_a_step_schedule_compresses_at_once_or_after_dense_training(make: Callab
         assert (len(weight.weight.abs().unique()) <= 16) == (step >= schedule.at)
         train(model, transition, 1)
     transition.finish()
+
+
+# Shared modules
+
+
+def test_a_layer_under_two_names_becomes_one_pair_of_layers_under_both() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.ReLU(), nn.ModuleDict({"again": shared}), nn.Linear(8, 4))
+    calls: list[int] = []
+    shared.register_forward_hook(lambda *_: calls.append(1))
+    transition = vanishing.prepare(model, LowRank(rank=2), steps=2, ignore=["3"])
+    x = torch.randn(2, 8)
+    transition.seek(2)
+    expected = model[3](model.get_submodule("2.again")(model[1](model[0](x))))
+    transition.finish()
+    assert type(model[0]) is Factored and model[0] is model.get_submodule("2.again")
+    calls.clear()
+    assert torch.equal(model[3](model.get_submodule("2.again")(model[1](model[0](x)))), expected)
+    assert len(calls) == 2
+
+
+def test_hundreds_of_layers_are_finished_in_time_that_grows_with_their_number() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(300)))
+    transition = vanishing.prepare(model, LowRank(rank=1), steps=2)
+    start = time.process_time()
+    transition.finish(force=True)
+    assert time.process_time() - start < 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -693,3 +694,59 @@ def test_a_block_of_a_real_model_replaced_trained_finished_saved_and_loaded(
     assert torch.equal(loaded(**inputs).logits, shipped)
     rebuilt = vanishing.load(tmp_path / "small")
     assert torch.equal(rebuilt(**inputs).logits, shipped)
+
+
+# Weights and blocks that are shared
+
+
+def test_one_replacement_for_two_blocks_is_shared_by_them(tmp_path: Path) -> None:
+    def layers() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+
+    model, shared = layers(), nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = Recipe({"[01]": Replace(lambda block: shared, name="shared")}, schedule=LinearSchedule(steps=2))
+    transition = vanishing.prepare(model, recipe, optimizer=optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == 8
+    train(model, transition, 2, optimizer)
+    expected = model(batch())
+    transition.finish()
+    assert model[0] is model[1] is shared
+    assert torch.equal(model(batch()), expected)
+    assert len(optimizer.param_groups[0]["params"]) == 4
+    vanishing.save(model, tmp_path / "small")
+    assert torch.equal(vanishing.load(tmp_path / "small", layers())(batch()), expected)
+
+
+@pytest.mark.parametrize("end", ["finish", "cancel"])
+def test_a_replacement_that_stands_elsewhere_in_the_model_stays_in_the_optimizer(end: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    second = model[1]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = Recipe({"0": Replace(lambda block: second, name="second")}, schedule=LinearSchedule(steps=2))
+    transition = vanishing.prepare(model, recipe, optimizer=optimizer)
+    train(model, transition, 2, optimizer)
+    getattr(transition, end)()
+    assert (model[0] is second) == (end == "finish")
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+    assert len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_a_weight_of_the_block_that_is_tied_to_another_layer_stays() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = Recipe({"0": Replace(lambda block: nn.Linear(8, 8), name="linear")}, schedule=LinearSchedule(steps=2))
+    transition = vanishing.prepare(model, recipe, optimizer=optimizer)
+    train(model, transition, 2, optimizer)
+    transition.finish()
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+    assert model.get_parameter("1.weight") in optimizer.state
+
+
+def test_hundreds_of_blocks_are_replaced_in_time_that_grows_with_their_number() -> None:
+    model = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2), "down": nn.Linear(2, 2)}) for _ in range(400))
+    recipe = Recipe({"*.up": Replace(lambda block: nn.Linear(2, 2), name="tiny")}, schedule=LinearSchedule(steps=2))
+    start = time.process_time()
+    vanishing.prepare(model, recipe).finish(force=True)
+    assert time.process_time() - start < 3

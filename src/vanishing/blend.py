@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -101,6 +102,8 @@ def _recurrent_forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
         with parametrize.cached():
             output = base_forward(self, *arguments, **keywords)
         self._flat_weights = [None if weight is None else weight.detach() for weight in self._flat_weights]
+        # It makes the list anew when these are not its weights.
+        self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in self._flat_weights]
         return output
 
     return forward
@@ -143,7 +146,8 @@ class BlendedBlock(Blend):
     """Original and replacement of a block, blended on their outputs (arXiv 2510.09696, equation 1).
 
     At beta = 1 only the original runs and at beta = 0 only the replacement. Attributes that it does not have are
-    those of the original, and of the replacement at beta = 0, where the model must do with what will be shipped.
+    those of the original, and of the replacement at beta = 0, where the model must do with what will be shipped. A
+    weight that both have in one shape is blended, too: some modules read a layer's weight and never call the layer.
 
     Args:
         original: f.
@@ -177,7 +181,7 @@ class BlendedBlock(Blend):
             if name in ("original", "replacement", "fading", "_standing") or name.startswith("__"):
                 raise
         try:
-            return getattr(self._standing, name)
+            value = getattr(self._standing, name)
         except AttributeError:
             if self.fading:
                 raise
@@ -185,6 +189,7 @@ class BlendedBlock(Blend):
                 f"{type(self.replacement).__name__!r}, the replacement of {type(self.original).__name__!r}, has no "
                 f"attribute {name!r}. If the model reads it, set it in the factory."
             ) from None
+        return self._blended(name, value) if isinstance(value, Tensor) and self.fading else value
 
     def __bool__(self) -> bool:
         # A module with a length is false when it is empty.
@@ -198,6 +203,13 @@ class BlendedBlock(Blend):
 
     def __getitem__(self, key: Any) -> Any:
         return self._standing[key]  # type: ignore[index]
+
+    def _blended(self, name: str, value: Tensor) -> Tensor:
+        beta, other = self.current_beta(), getattr(self.replacement, name, None)
+        is_alone = not isinstance(other, Tensor) or other.shape != value.shape
+        if is_alone or (isinstance(beta, float) and beta == 1.0):
+            return value
+        return _blend_tensors(value, other, beta, name)
 
     @property
     def _standing(self) -> nn.Module:

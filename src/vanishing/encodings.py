@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -159,22 +160,22 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     [33, 3]
     """
     # Eight codes are `bits` whole bytes: one 64-bit word holds both.
-    eights = torch.nn.functional.pad(codes, (0, -codes.numel() % 8)).reshape(-1, 8)
-    words = torch.zeros(eights.shape[0], dtype=torch.int64)
+    eights = numpy.pad(codes.numpy(), (0, -codes.numel() % 8)).reshape(-1, 8)
+    words = numpy.zeros(len(eights), dtype="<u8")
     for i in range(8):
-        words |= eights[:, i].to(torch.int64) << (i * bits)
-    packed = torch.stack([(words >> (8 * j) & 0xFF).to(torch.uint8) for j in range(bits)], dim=1)
-    return packed.reshape(-1)[: _packed_bytes(codes.numel(), bits)].clone()
+        words |= eights[:, i].astype("<u8") << numpy.uint64(i * bits)
+    packed = words.view(numpy.uint8).reshape(-1, 8)[:, :bits].reshape(-1)
+    return torch.from_numpy(packed[: _packed_bytes(codes.numel(), bits)].copy())
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Return the (count,) uint8 codes that `pack` packed."""
-    columns = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).reshape(-1, bits)
-    words = torch.zeros(columns.shape[0], dtype=torch.int64)
-    for j in range(bits):
-        words |= columns[:, j].to(torch.int64) << (8 * j)
-    codes = torch.stack([(words >> (i * bits) & (2**bits - 1)).to(torch.uint8) for i in range(8)], dim=1)
-    return codes.reshape(-1)[:count]
+    padded = numpy.pad(packed.numpy(), (0, -packed.numel() % bits)).reshape(-1, bits)
+    words = numpy.pad(padded, ((0, 0), (0, 8 - bits))).view("<u8")[:, 0]
+    codes = numpy.empty((len(words), 8), dtype=numpy.uint8)
+    for i in range(8):
+        codes[:, i] = words >> numpy.uint64(i * bits) & numpy.uint64(2**bits - 1)
+    return torch.from_numpy(codes.reshape(-1)[:count])
 
 
 def read_grid(entry: PackedTensor, parts: Mapping[str, Tensor]) -> Grid:

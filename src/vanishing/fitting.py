@@ -15,7 +15,7 @@ from vanishing.encodings import dtype_name
 from vanishing.errors import ConfigError, FileError
 from vanishing.layers import factor
 from vanishing.manifest import DType, LayerEntry, Manifest, join
-from vanishing.sites import put_in_place
+from vanishing.places import Places
 
 _BUILD = "Build the original architecture, with the settings that it had when it was compressed."
 _TYPES = get_args(DType)
@@ -71,6 +71,7 @@ def rebuild(folder: Path, manifest: Manifest, model: nn.Module) -> Iterator[nn.M
         FileError: the model lacks a module, or it cannot be rebuilt.
     """
     undo: list[tuple[nn.Module, nn.Module]] = []
+    places = Places(model)
     try:
         # A block comes before what is in it.
         for name in sorted(manifest.modules, key=lambda name: name.count(".") if name else -1):
@@ -87,14 +88,14 @@ def rebuild(folder: Path, manifest: Manifest, model: nn.Module) -> Iterator[nn.M
                 raise FileError(
                     f"{folder}: the {entry.structure} module {name!r} cannot be rebuilt: {error}"
                 ) from error
-            put_in_place(model, old, new)
+            places.put(old, new)
             undo.append((old, new))
             model = new if old is model else model
         yield model
     except BaseException:
         for old, new in reversed(undo):
             model = old if new is model else model
-            put_in_place(model, new, old)
+            places.put(new, old)
         raise
 
 

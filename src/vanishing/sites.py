@@ -21,12 +21,12 @@ from vanishing.compressors.low_rank import LowRankWeight
 from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import ConfigError, TransitionError
 from vanishing.layers import Factored
+from vanishing.places import Places
 from vanishing.plan import Plan, PlannedBlock, PlannedWeight
 from vanishing.random_state import random_state_kept
 from vanishing.receipt import FinishedLayer
 
 _TOLERANCE = 1e-5
-_HOOKS = tuple(n for n in nn.Module().__dict__ if n.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
 
 
 class Site(ABC):
@@ -41,11 +41,11 @@ class Site(ABC):
     compressor: Compressor
 
     @abstractmethod
-    def install(self, model: nn.Module) -> None:
+    def install(self, places: Places) -> None:
         """Change the model."""
 
     @abstractmethod
-    def remove(self, model: nn.Module) -> None:
+    def remove(self, places: Places) -> None:
         """Give the model its original back."""
 
     @abstractmethod
@@ -53,7 +53,7 @@ class Site(ABC):
         """Raise `TransitionError` if what `finish` would leave differs from the transition at beta = 0."""
 
     @abstractmethod
-    def finish(self, model: nn.Module) -> dict[str, FinishedLayer]:
+    def finish(self, places: Places) -> dict[str, FinishedLayer]:
         """Leave the compressed form in the model; return what was done, by module name."""
 
     @abstractmethod
@@ -104,11 +104,11 @@ class WeightSite(Site):
         shared = {id(p) for module, _ in self.planned.owners for p in module._parameters.values()}
         return [p for p in self.blend.parameters() if id(p) not in shared]
 
-    def install(self, model: nn.Module) -> None:
+    def install(self, places: Places) -> None:
         for module, name in self.planned.owners:
             install_blended_weight(module, name, self.blend)
 
-    def remove(self, model: nn.Module) -> None:
+    def remove(self, places: Places) -> None:
         for (module, name), order in zip(self.planned.owners, self._orders, strict=True):
             remove_blended_weight(module, name, order)
 
@@ -131,21 +131,21 @@ class WeightSite(Site):
             )
 
     @torch.no_grad()
-    def finish(self, model: nn.Module) -> dict[str, FinishedLayer]:
+    def finish(self, places: Places) -> dict[str, FinishedLayer]:
         form, layer = self.blend.form, self.planned.layer
         if isinstance(form, LowRankWeight):
             grids = {f"{i}.weight": g for i, (b, w) in enumerate(form.factor_blends()) if (g := b.form.grid(w))}
             plain = form.plain_layers(layer.module, layer.kind)
             _make_factors_plain(plain)
-            self.remove(model)
-            put_in_place(model, layer.module, plain)
+            self.remove(places)
+            places.put(layer.module, plain)
             structure = "factored"
         else:
             grid = form.grid(self.weight)
             grids = {name: grid for _, name in self.planned.owners} if grid else {}
             # Adding zero turns the -0 of a pruned negative weight into the 0 that the file gives back.
             final = form.compress(self.weight) + 0.0
-            self.remove(model)
+            self.remove(places)
             self.weight.copy_(final)
             structure = "weight"
         finished = FinishedLayer(self.planned.compressor, structure, *self._before, grids)
@@ -179,20 +179,20 @@ class BlockSite(Site):
         held = {id(p) for p in self.blend.original.parameters()}
         return [p for p in self.blend.replacement.parameters() if id(p) not in held]
 
-    def install(self, model: nn.Module) -> None:
-        put_in_place(model, self.blend.original, self.blend)
+    def install(self, places: Places) -> None:
+        places.put(self.blend.original, self.blend)
 
-    def remove(self, model: nn.Module) -> None:
-        put_in_place(model, self.blend, self.blend.original)
+    def remove(self, places: Places) -> None:
+        places.put(self.blend, self.blend.original)
 
     def check(self) -> None:
         # The very module that ran at beta = 0 is what stays.
         return
 
-    def finish(self, model: nn.Module) -> dict[str, FinishedLayer]:
+    def finish(self, places: Places) -> dict[str, FinishedLayer]:
         original, replacement = self.blend.original, self.blend.replacement
         before = (sum(p.numel() for p in original.parameters()), sum(_bytes(m) for m in original.modules()))
-        put_in_place(model, self.blend, replacement)
+        places.put(self.blend, replacement)
         return {self.name: FinishedLayer(self.compressor, "replaced", *before, {})}
 
 
@@ -205,31 +205,6 @@ def build_block_sites(plan: Plan) -> list[BlockSite]:
         except ConfigError as error:
             plan.problems.append(f"{block.name!r} cannot be replaced: {error}")
     return sites
-
-
-def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in every place of the model where another one is; the user's hooks move along."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old and parent is not new:
-                parent._modules[name] = new
-    _move_hooks(old, new)
-
-
-def _move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give a module the hooks of another one; hooks that it has of its own run inside of those."""
-    for name in _HOOKS:
-        moved, own = old.__dict__[name], new.__dict__[name]
-        if not moved:
-            continue
-        if own:
-            outer = dict(moved)
-            moved.clear()
-            moved.update(outer | own if "pre" in name else own | outer)
-        # The dictionary itself, so that a handle that the user kept still removes its hook.
-        new.__dict__[name], old.__dict__[name] = moved, type(moved)()
-    if new._is_full_backward_hook is None:
-        new._is_full_backward_hook = old._is_full_backward_hook
 
 
 def _make_factors_plain(plain: Factored) -> None:

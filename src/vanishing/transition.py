@@ -18,6 +18,7 @@ from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import TransitionError
 from vanishing.inputs import call
 from vanishing.optimizers import OptimizerWatch, held_ids, join, leave, unheld_problems
+from vanishing.places import Places
 from vanishing.plan import make_plan
 from vanishing.random_state import random_state_restored_on_error
 from vanishing.receipt import FinishedLayer, Receipt, extend_receipt
@@ -237,17 +238,7 @@ class Transition:
             for site in self._sites:
                 site.check()
             before = self._example_outputs()
-        gone = [p for site in self._sites for p in site.original_parameters]
-        layers: dict[str, FinishedLayer] = {}
-        for site in self._sites:
-            for name, finished in site.finish(self.model).items():
-                # A layer with several weights, as an attention's, is one entry.
-                known = layers.get(name)
-                layers[name] = finished if known is None else _merged(known, finished)
-        self._close("finished")
-        stays = {id(p) for p in self.model.parameters()}
-        leave(self._optimizers.seen, [p for p in gone if id(p) not in stays])
-        extend_receipt(self.model, Receipt(self.recipe, layers))
+        extend_receipt(self.model, Receipt(self.recipe, self._finish_sites()))
         self._compare(before, self._example_outputs())
         if batches is not None:
             reestimate_batchnorm(self.model, batches)
@@ -262,10 +253,11 @@ class Transition:
         """
         self._require_active()
         new = [p for site in self._sites for p in site.new_parameters]
+        places = Places(self.model)
         for site in self._sites:
-            site.remove(self.model)
+            site.remove(places)
         self._close("cancelled")
-        leave(self._optimizers.seen, new)
+        self._let_go(new)
         return self.model
 
     # Inside
@@ -273,9 +265,10 @@ class Transition:
     def _begin(self, optimizer: Optimizer | None) -> None:
         with contextlib.ExitStack() as undo:
             undo.callback(self._close, "refused")
+            places = Places(self.model)
             for site in self._sites:
-                site.install(self.model)
-                undo.callback(site.remove, self.model)
+                site.install(places)
+                undo.callback(site.remove, places)
             self._set_clock()
             self._update(Moment(step=0, arriving=True, settled=False))
             # Between the forms, where both run and their shapes must agree, and with nothing left of the original.
@@ -348,6 +341,25 @@ class Transition:
         self._sites = []
         self._ended = how
         self._optimizers.close()
+
+    def _finish_sites(self) -> dict[str, FinishedLayer]:
+        """Leave plain modules and let go of the originals, before anything else is run."""
+        gone = [p for site in self._sites for p in site.original_parameters]
+        layers: dict[str, FinishedLayer] = {}
+        places = Places(self.model)
+        for site in self._sites:
+            for name, finished in site.finish(places).items():
+                # A layer with several weights, as an attention's, is one entry.
+                known = layers.get(name)
+                layers[name] = finished if known is None else _merged(known, finished)
+        self._close("finished")
+        self._let_go(gone)
+        return layers
+
+    def _let_go(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take parameters out of the optimizers, but for those that the model still has somewhere."""
+        stays = {id(p) for p in self.model.parameters()}
+        leave(self._optimizers.seen, [p for p in parameters if id(p) not in stays])
 
     def _check_optimizers(self) -> None:
         """Raise if the optimizers that trained the model do not hold what is new in it."""
