@@ -70,14 +70,14 @@ TECHNIQUES: dict[str, Technique] = {
     "pruned": Technique(MagnitudePruning(sparsity=0.6), quick=True),
     "pruned_per_channel": Technique(MagnitudePruning(sparsity=0.6, granularity=PerChannel())),
     "pruned_globally": Technique(MagnitudePruning(sparsity=0.6, granularity=Global()), quick=True),
-    "pruned_2_of_4": Technique(MagnitudePruning(granularity=NM(n=2, m=4)), ("groups of 4",), quick=True),
+    "pruned_2_of_4": Technique(MagnitudePruning(granularity=NM(n=2, m=4)), ("groups of 4",)),
     "pruned_exact_gradient": Technique(MagnitudePruning(sparsity=0.6, gradient=Gradient.EXACT), quick=True),
     "pruned_never_frozen": Technique(MagnitudePruning(sparsity=0.6, freeze=False, update_every=2)),
     **CODES,
     "4_bits_per_tensor": Technique(Quantization(bits=4, granularity=PerTensor())),
     "4_bits_ragged_groups": Technique(Quantization(bits=4, granularity=PerGroup(size=5)), quick=True),
     "3_bits_asymmetric_ragged_groups": Technique(Quantization(bits=3, granularity=PerGroup(size=5), symmetric=False)),
-    "2_bits_clipped": Technique(Quantization(bits=2, gradient=Gradient.CLIPPED), quick=True),
+    "2_bits_clipped": Technique(Quantization(bits=2, gradient=Gradient.CLIPPED)),
     "1_bit_clipped": Technique(Quantization(bits=1, gradient=Gradient.CLIPPED)),
     "2_bits_asymmetric_clipped": Technique(
         Quantization(bits=2, granularity=PerTensor(), symmetric=False, gradient=Gradient.CLIPPED), quick=True
@@ -85,17 +85,17 @@ TECHNIQUES: dict[str, Technique] = {
     "binary": Technique(Binary(), quick=True),
     "binary_per_tensor": Technique(Binary(granularity=PerTensor())),
     "binary_ragged_groups": Technique(Binary(granularity=PerGroup(size=5))),
-    "ternary": Technique(Ternary(), quick=True),
+    "ternary": Technique(Ternary()),
     "ternary_ragged_groups": Technique(Ternary(granularity=PerGroup(size=5), gradient=Gradient.CLIPPED)),
     "rank_2": Technique(LowRank(rank=2), ("factors", "rank 2"), quick=True),
     "rank_by_ratio": Technique(LowRank(ratio=0.4), ("factors",)),
     "rank_by_energy": Technique(LowRank(energy=0.7), ("factors",), quick=True),
-    "pruned_4_bits": Technique(MagnitudePruning(0.6) | Quantization(bits=4, symmetric=False), quick=True),
+    "pruned_4_bits": Technique(MagnitudePruning(0.6) | Quantization(bits=4, symmetric=False)),
     "pruned_binary": Technique(MagnitudePruning(0.6) | Binary(), quick=True),
     "pruned_1_bit_ragged_groups": Technique(MagnitudePruning(0.6) | Quantization(bits=1, granularity=PerGroup(size=5))),
     "pruned_ternary": Technique(MagnitudePruning(0.6, gradient=Gradient.EXACT) | Ternary(gradient=Gradient.CLIPPED)),
     "pruned_codebook": Technique(MagnitudePruning(0.6) | Codebook(bits=2)),
-    "low_rank_8_bits": Technique(LowRank(ratio=0.5) | Quantization(bits=8), ("factors",), quick=True),
+    "low_rank_8_bits": Technique(LowRank(ratio=0.5) | Quantization(bits=8), ("factors",)),
     "low_rank_pruned": Technique(LowRank(ratio=0.5) | MagnitudePruning(0.5), ("factors",)),
     "low_rank_pruned_4_bits": Technique(
         LowRank(ratio=0.5) | MagnitudePruning(0.5) | Quantization(bits=4), ("factors",), quick=True
@@ -285,16 +285,21 @@ LAYERS: dict[str, LayerCase] = {
     ),
     "linear_twice": LayerCase(Twice, SEQUENCE, linear=False),
     "linear_tied": LayerCase(
-        Tied, token_ids, ("embedding", "head"), linear=False, refuses={"factors": "factors cannot be shared"}
+        Tied,
+        token_ids,
+        ("embedding", "head"),
+        linear=False,
+        refuses={"factors": "factors cannot be shared"},
+        quick=True,
     ),
     "linear_read": LayerCase(Reader, SEQUENCE, ("up", "down"), linear=False),
-    "transformers_conv1d": LayerCase(lambda: Single(Conv1D(8, 12)), WIDE_SEQUENCE),
+    "transformers_conv1d": LayerCase(lambda: Single(Conv1D(8, 12)), WIDE_SEQUENCE, quick=True),
     "conv1d": LayerCase(lambda: Single(nn.Conv1d(4, 8, 3, padding=1)), SIGNAL),
     "conv1d_dilated": LayerCase(
         lambda: Single(nn.Conv1d(4, 8, 2, stride=2, dilation=2, padding=2, padding_mode="circular")), SIGNAL
     ),
     "conv2d": LayerCase(lambda: Single(nn.Conv2d(4, 8, 3, padding="same", padding_mode="reflect")), IMAGE),
-    "conv2d_groups": LayerCase(lambda: Single(nn.Conv2d(4, 8, 2, groups=2, stride=2, bias=False)), IMAGE),
+    "conv2d_groups": LayerCase(lambda: Single(nn.Conv2d(4, 8, 2, groups=2, stride=2, bias=False)), IMAGE, quick=True),
     "conv2d_depthwise": LayerCase(
         lambda: Single(nn.Conv2d(4, 4, 3, groups=4)),
         IMAGE,
@@ -302,13 +307,13 @@ LAYERS: dict[str, LayerCase] = {
     ),
     "conv3d": LayerCase(lambda: Single(nn.Conv3d(4, 6, 2, padding_mode="replicate", padding=1)), VOLUME),
     "transposed1d": LayerCase(lambda: Single(nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1)), SIGNAL),
-    "transposed2d": LayerCase(lambda: Single(nn.ConvTranspose2d(4, 8, (2, 3), stride=2, groups=2)), IMAGE),
+    "transposed2d": LayerCase(lambda: Single(nn.ConvTranspose2d(4, 8, (2, 3), stride=2, groups=2)), IMAGE, quick=True),
     "transposed2d_output_size": LayerCase(
         lambda: Single(nn.ConvTranspose2d(4, 8, 2, stride=3, bias=False), output_size=[18, 19]), IMAGE
     ),
     "transposed3d": LayerCase(lambda: Single(nn.ConvTranspose3d(4, 6, 2, dilation=2, padding=1)), VOLUME),
-    "embedding": LayerCase(lambda: Single(nn.Embedding(10, 8, padding_idx=0)), token_ids),
-    "attention": LayerCase(Attention, SEQUENCE, linear=False, refuses={"factors": NO_FACTORS}),
+    "embedding": LayerCase(lambda: Single(nn.Embedding(10, 8, padding_idx=0)), token_ids, quick=True),
+    "attention": LayerCase(Attention, SEQUENCE, linear=False, refuses={"factors": NO_FACTORS}, quick=True),
     "attention_separate": LayerCase(
         CrossAttention,
         lambda: (torch.randn(BATCH, 4, 8), torch.randn(BATCH, TOKENS, 12), torch.randn(BATCH, TOKENS, 16)),
@@ -322,6 +327,7 @@ LAYERS: dict[str, LayerCase] = {
         WIDE_SEQUENCE,
         linear=False,
         refuses={"factors": NO_FACTORS},
+        quick=True,
     ),
     "gru": LayerCase(
         lambda: Single(nn.GRU(12, 8, num_layers=2, bidirectional=True, bias=False)),
@@ -332,7 +338,9 @@ LAYERS: dict[str, LayerCase] = {
     "lstm_cell": LayerCase(
         lambda: Single(nn.LSTMCell(12, 8)), floats(BATCH, 12), linear=False, refuses={"factors": NO_FACTORS}
     ),
-    "experts": LayerCase(lambda: Single(Experts()), floats(BATCH, 8), linear=False, refuses={"factors": NO_FACTORS}),
+    "experts": LayerCase(
+        lambda: Single(Experts()), floats(BATCH, 8), linear=False, refuses={"factors": NO_FACTORS}, quick=True
+    ),
 }
 
 

@@ -381,9 +381,9 @@ def old_weight_norm(layer: nn.Module) -> nn.Module:
     [
         (
             parametrizations.spectral_norm,
-            "its weight is parametrized by _SpectralNorm. Remove that parametrization first",
+            "its weight is parametrized by _SpectralNorm. Remove that first",
         ),
-        (parametrizations.weight_norm, "its weight is parametrized by _WeightNorm. Remove that parametrization first"),
+        (parametrizations.weight_norm, "its weight is parametrized by _WeightNorm. Remove that first"),
         (old_weight_norm, "it has no parameter 'weight' of its own"),
     ],
 )

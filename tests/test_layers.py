@@ -273,7 +273,7 @@ def test_looking_at_subclasses_leaves_the_random_numbers_alone() -> None:
 def test_a_weight_that_something_else_computes_is_refused() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)))
     (problem,) = match(model, {"*": Binary()}).problems
-    assert "its weight is parametrized by _WeightNorm. Remove that parametrization first" in problem
+    assert "its weight is parametrized by _WeightNorm. Remove that first" in problem
 
 
 # Attention

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from vanishing.blend import BlendedBlock, blended_weights
 from vanishing.compressors import BlockCompressor, Compressor, LayerView, WeightCompressor
 from vanishing.errors import RecipeError
-from vanishing.layers import LayerKind, find_kind
+from vanishing.layers import Factored, LayerKind, find_kind
 from vanishing.patterns import Glob, Pattern
 from vanishing.recipe import Recipe, Rule
 from vanishing.suitability import block_problem, replacement_problem, weight_problem
@@ -159,6 +159,7 @@ class _Planner:
         ]
         ignored = [c for c in self.candidates if any(c.matched_by(pattern) for pattern in recipe.ignore)]
         self.ignored = {name for candidate in ignored for name in candidate.names}
+        self.factored = {n for c in self.candidates if isinstance(c.module, Factored) for n in c.names}
         self.replaced: set[str] = set()
         self.selected: dict[int, list[tuple[_Candidate, str, int, Rule]]] = defaultdict(list)
         self.tallies = [Tally() for _ in recipe.rules]
@@ -240,6 +241,8 @@ class _Planner:
             return f"it is not a layer with a weight that can be compressed{hint}"
         if candidate.kind.explicit_only and not pattern.explicit:
             return "an embedding is compressed only if a rule gives its type or exact name"
+        if compressor.replaces_layer and candidate.within(self.factored):
+            return "it is one of the two layers that a factored one is made of already"
         return compressor.refusal(candidate.kind)
 
     def _take(self, candidate: _Candidate, number: int, rule: Rule) -> None:

@@ -30,7 +30,7 @@ def weight_problem(module: nn.Module, name: str, weight: Tensor | None) -> str |
     """Return why a weight cannot be compressed by anything, None where it can."""
     if parametrize.is_parametrized(module, name):
         first = module.parametrizations[name][0]  # type: ignore[index]
-        return f"its {name} is parametrized by {type(first).__name__}. Remove that parametrization first"
+        return f"its {name} is parametrized by {type(first).__name__}. Remove that first, or add it to ignore"
     if weight is None:
         return f"it has no parameter {name!r} of its own (weight norm, or a quantized layer?). Add it to ignore"
     return _tensors_problem([weight])

@@ -39,6 +39,9 @@ class Replace(BlockCompressor):
     _: KW_ONLY
     name: str | None = None
 
+    def __repr__(self) -> str:
+        return f"Replace({self.name})"
+
     def check(self) -> None:
         if self.name is None:
             qualified = getattr(self.factory, "__qualname__", None)
