@@ -49,6 +49,11 @@ FADE = LinearSchedule(steps=4)
 PUBLISHED = Path(__file__).parents[1] / "docs" / "recipe.schema.json"
 
 
+def shown(value: object) -> str:
+    """Return what a test is called by, the same in every process: a function's address is not."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +143,7 @@ def test_the_short_form_takes_every_linear_and_convolution_but_no_norm_and_no_em
             ["layers.0.mlp.0", "layers.1.mlp.0"],
         ),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_a_key_is_a_glob_a_regex_a_type_or_a_predicate(key: Any, names: list[str]) -> None:
     assert list(compressed(rules({key: Binary()}))) == names
@@ -186,7 +191,7 @@ def test_a_module_that_the_first_rule_cannot_take_falls_to_the_next() -> None:
         (lambda name, module: not name.startswith(("layers.0", "head")) and name != "layers", [*ALL[1:5], "head"]),
         ("nothing like this", ALL),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_ignore_leaves_a_module_alone_with_everything_below_it(ignore: Any, names: list[str]) -> None:
     assert list(compressed(rules({"*": Binary()}, ignore=ignore))) == names
@@ -424,7 +429,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         (changed("rules/0/match", {"kind": "where", "predicate": "f"}), "a predicate cannot be read from a file"),
         (changed("rules/0/schedule", {"kind": "step_schedule"}), "StepSchedule needs 'at'"),
     ],
-    ids=str,
+    ids=shown,
 )  # fmt: skip
 def test_bad_documents_are_refused_by_the_reader_and_by_the_schema(
     schema: jsonschema.protocols.Validator, data: Any, fact: str
