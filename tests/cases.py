@@ -380,7 +380,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Return a copy of what a user saves to continue later."""
         parts = {"model": self.model, "optimizer": self.optimizer, "transition": self.transition}
-        return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+        return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})  # type: ignore[attr-defined]
 
     def load(self, state: dict[str, Any]) -> Run:
         """Continue where `state` was taken."""

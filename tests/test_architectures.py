@@ -19,7 +19,7 @@ import resume_worker
 import vanishing
 from architectures import ARCHITECTURES, Architecture, loss_of, tensors_of
 from resume_worker import END, SPLIT, TECHNIQUES, Run, evaluate
-from vanishing import LinearSchedule
+from vanishing import LinearSchedule, StepSchedule
 from vanishing.layers import Factored, Layout
 
 
@@ -57,8 +57,9 @@ def assert_same_bits(left: Any, right: Any, path: str = "state") -> None:
     """Compare nested states; tensors to the last bit."""
     assert type(left) is type(right), path
     if isinstance(left, Tensor):
-        assert left.dtype == right.dtype, path
-        assert torch.equal(left, right), path
+        assert (left.dtype, left.shape) == (right.dtype, right.shape), path
+        # Bytes, so that 0 and -0 differ.
+        assert torch.equal(left.flatten().view(torch.uint8), right.flatten().view(torch.uint8)), path
     elif isinstance(left, dict):
         assert list(left) == list(right), path
         for key in left:
@@ -131,7 +132,7 @@ def test_at_beta_1_no_output_and_no_gradient_of_the_original_changes_a_bit(job: 
     technique = TECHNIQUES[job.split("-")[1]]
     plain, model = architecture.build(), architecture.build()
     parameters = dict(model.named_parameters())
-    vanishing.prepare(model, vanishing.Recipe(rules={"*": technique}, schedule=vanishing.LinearSchedule(steps=4)))
+    vanishing.prepare(model, vanishing.Recipe({"*": technique}, schedule=LinearSchedule(steps=4)))
     outputs = [each(**architecture.batch()) for each in (plain, model)]
     for each in outputs:
         loss_of(each).backward()
@@ -328,7 +329,7 @@ def test_a_loaded_model_can_be_compressed_again(name: str, first: str, second: s
     architecture = ARCHITECTURES[name]
     model = architecture.build()
     for number, technique in enumerate([first, second]):
-        recipe = vanishing.Recipe({"*": TECHNIQUES[technique]}, schedule=vanishing.StepSchedule(at=0))
+        recipe = vanishing.Recipe({"*": TECHNIQUES[technique]}, schedule=StepSchedule(at=0))
         vanishing.prepare(model, recipe).finish()
         vanishing.save(model, tmp_path / str(number))
         loaded = load(tmp_path / str(number), architecture)

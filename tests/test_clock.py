@@ -61,7 +61,7 @@ def test_which_techniques_have_a_strength() -> None:
 @ramped
 def test_a_ramp_leads_from_nothing_to_the_whole_technique(layer: str, technique: str) -> None:
     pair = pair_of(layer, technique)
-    run = pair.prepare(**RAMP)
+    run = pair.prepare(**RAMP)  # type: ignore[arg-type]
     assert run.transition.beta == 0.0
     plain = outputs(pair.layer.build(), pair.layer.batch(99))
     for got, expected in zip(run.outputs(), plain, strict=True):
@@ -74,12 +74,12 @@ def test_a_ramp_leads_from_nothing_to_the_whole_technique(layer: str, technique:
     whole = pair.prepare(schedule=StepSchedule(at=0)).outputs()
     for got, expected in zip(seen[-1], whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    fresh = pair.prepare(**RAMP)
+    fresh = pair.prepare(**RAMP)  # type: ignore[arg-type]
     for each in (run, fresh):
         each.transition.seek(2)
     assert same(run.outputs(), fresh.outputs())
     run.train(7)
-    expected = run.outputs()
+    expected = run.outputs()  # type: ignore[assignment]
     run.transition.finish()
     for got, wanted in zip(run.outputs(), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -88,11 +88,11 @@ def test_a_ramp_leads_from_nothing_to_the_whole_technique(layer: str, technique:
 @ramped
 def test_a_ramped_run_is_split_without_a_trace(technique: str) -> None:
     pair = pair_of("linear", technique)
-    whole, states = pair.prepare(**RAMP), []
+    whole, states = pair.prepare(**RAMP), []  # type: ignore[arg-type]
     for step in range(7):
         states.append(whole.train(step).state())
     for state in states:
-        split = pair.prepare(seed=1, **RAMP).load(state).train(6)
+        split = pair.prepare(seed=1, **RAMP).load(state).train(6)  # type: ignore[arg-type]
         assert all(torch.equal(split.state()["model"][k], v) for k, v in states[-1]["model"].items())
 
 
@@ -138,7 +138,7 @@ def test_a_mask_is_selected_anew_after_a_jump() -> None:
     transition = vanishing.prepare(nn.Sequential(layer), MagnitudePruning(0.5, update_every=100), steps=1000)
     latent = layer.parametrizations.weight.original  # type: ignore[union-attr]
     with torch.no_grad():
-        latent.copy_(torch.arange(8.0).flip(0))
+        latent.copy_(torch.arange(8.0).flip(0))  # type: ignore[operator]
     transition.seek(500)
     with transition.compressed():
         assert layer.weight.tolist() == [[7, 6, 5, 4, 0, 0, 0, 0]]
@@ -171,7 +171,7 @@ def test_a_rule_has_a_schedule_of_its_own() -> None:
         {"0": Rule(Binary(), schedule=LinearSchedule(steps=10, start=10)), "1": Binary()},
         schedule=LinearSchedule(steps=4),
     )
-    latents = [layer.weight.detach().clone() for layer in model]  # type: ignore[operator, union-attr]
+    latents = [layer.weight.detach().clone() for layer in model]  # type: ignore[operator]
     binary = [w.sign() * w.abs().mean(1, keepdim=True) for w in latents]
     transition = vanishing.prepare(model, recipe)
     assert (transition.end, transition.beta) == (20, 1.0)
@@ -188,7 +188,7 @@ def test_a_rule_has_a_ramp_of_its_own() -> None:
     transition = vanishing.prepare(model, Recipe({"0": rule, "1": LowRank(rank=2)}, schedule=LinearSchedule(steps=4)))
     transition.seek(4)
     assert not transition.done
-    assert int((model[0].weight == 0).sum()) == 16
+    assert int((model[0].weight == 0).sum()) == 16  # type: ignore[union-attr]
     transition.seek(8)
     assert transition.done
     assert int((model[0].weight == 0).sum()) == 32

@@ -117,7 +117,7 @@ def test_2_at_beta_1_no_output_and_no_gradient_changes_a_bit(pair: Pair) -> None
             each.zero_grad()
             loss(each(*batch)).backward()
         for one, other in zip(*batches, strict=True):
-            assert one.grad is other.grad is None or torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
+            assert one.grad is other.grad is None or torch.equal(one.grad, other.grad)
         for name, parameter in plain.named_parameters():
             assert_same_bits([parameters[name].grad], [parameter.grad])  # type: ignore[list-item]
     assert_same_bits(run.outputs(), outputs(plain, pair.layer.batch(99)))
@@ -167,10 +167,10 @@ def _is_shared(model: nn.Module, parameter: nn.Parameter) -> bool:
 def test_4_the_blended_weight_is_the_blend_of_the_weights(pair: Pair) -> None:
     run = pair.prepare(dtype=torch.float64).train(1)
     for module, name, latent in blended_weights(run.model):
-        blend = module.parametrizations[name][0]  # type: ignore[index, union-attr]
-        of = [latent, *blend.parameters()]
-        got = blend.form.blend(latent, BETA)
-        expected = BETA * latent + (1 - BETA) * blend.form.compress(latent)
+        blend = module.parametrizations[name][0]  # type: ignore[index]
+        of = [latent, *blend.parameters()]  # type: ignore[union-attr]
+        got = blend.form.blend(latent, BETA)  # type: ignore[union-attr]
+        expected = BETA * latent + (1 - BETA) * blend.form.compress(latent)  # type: ignore[union-attr]
         assert_close([got, *gradients(got, of)], [expected, *gradients(expected, of)], 1e-12)
 
 

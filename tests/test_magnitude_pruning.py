@@ -47,7 +47,7 @@ def finished(compressor: vanishing.Compressor, *matrices: Tensor) -> list[Tensor
     for _ in range(3):
         transition.step()
     transition.finish()
-    return [layer.weight.detach() for layer in model]  # type: ignore[misc]
+    return [layer.weight.detach() for layer in model]  # type: ignore[operator]
 
 
 def assert_pruned(got: Tensor, matrix: Tensor, zeros: int) -> None:
@@ -127,15 +127,15 @@ def test_the_sparsity_is_exact_after_training(
 
 def assert_counts(model: nn.Sequential, granularity: PerTensor | PerChannel | Global | NM, sparsity: float) -> None:
     """Count the zeros of both layers."""
-    weights = [model[0].weight.flatten(1), model[3].weight]
+    weights = [model[0].weight.flatten(1), model[3].weight]  # type: ignore[operator]
     if isinstance(granularity, PerTensor):
-        groups = [weight.flatten() for weight in weights]
+        groups = [weight.flatten() for weight in weights]  # type: ignore[operator]
     elif isinstance(granularity, PerChannel):
-        groups = [row for weight in weights for row in weight]
+        groups = [row for weight in weights for row in weight]  # type: ignore[union-attr]
     elif isinstance(granularity, Global):
-        groups = [torch.cat([weight.flatten() for weight in weights])]
+        groups = [torch.cat([weight.flatten() for weight in weights])]  # type: ignore[operator]
     else:
-        groups = [group for weight in weights for group in weight.reshape(-1, 4)]
+        groups = [group for weight in weights for group in weight.reshape(-1, 4)]  # type: ignore[operator]
     for group in groups:
         assert int((group == 0).sum()) == round(sparsity * group.numel())
 

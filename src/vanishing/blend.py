@@ -206,8 +206,7 @@ class BlendedBlock(Blend):
 
     def _blended(self, name: str, value: Tensor) -> Tensor:
         beta, other = self.current_beta(), getattr(self.replacement, name, None)
-        is_alone = not isinstance(other, Tensor) or other.shape != value.shape
-        if is_alone or (isinstance(beta, float) and beta == 1.0):
+        if not isinstance(other, Tensor) or other.shape != value.shape or (isinstance(beta, float) and beta == 1.0):
             return value
         return _blend_tensors(value, other, beta, name)
 

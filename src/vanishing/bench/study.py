@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -128,11 +129,8 @@ def run_study(design: Design, folder: Path, on_step: Callable[[str], None]) -> S
         dense.append(original)
         for technique, compressor in design.techniques.items():
             for arm in design.arms:
-                target = seed_folder / f"{technique} {arm.name}".translate(_FOLDER_NAME)
+                target = seed_folder / re.sub(r"\W+", "-", f"{technique} {arm.name}")
                 on_arm_step = partial(on_step, f"{seed}: {technique}, {arm.name}")
                 outcome, curve = fine_tune(task, state, compressor, arm, design.budget, target, on_arm_step)
                 runs.append(Run(technique, arm.name, outcome, curve))
     return Study(design, tuple(dense), tuple(runs))
-
-
-_FOLDER_NAME = str.maketrans({" ": "-", ",": None, "%": None})
