@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +25,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 BETA, END = 0.3, 5
 
 
-def cells(pairs: Iterable[tuple[str, str]], quick: Callable[[str, str], bool]) -> pytest.MarkDecorator:
-    """Run a test for pairs of layer kind and technique; those that are not quick are slow tests."""
+def is_quick(layer: str, technique: str) -> bool:
+    """Whether a pair belongs to the fast tests: the full table takes minutes."""
+    both = LAYERS[layer].quick and TECHNIQUES[technique].quick
+    return both or layer == "linear" or technique in ("binary", "rank_2")
+
+
+def cells(pairs: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
+    """Run a test for pairs of layer kind and technique."""
     return pytest.mark.parametrize(
         "pair",
-        [pytest.param(PAIRS[c], id="-".join(c), marks=() if quick(*c) else pytest.mark.slow) for c in pairs],
+        [
+            pytest.param(PAIRS[cell], id="-".join(cell), marks=() if is_quick(*cell) else pytest.mark.slow)
+            for cell in pairs
+        ],
     )
 
 
-def is_on_a_line(layer: str, technique: str) -> bool:
-    """Whether a pair is in the row of the linear layer or in one of two columns of the table."""
-    return layer == "linear" or technique in ("binary", "rank_2")
-
-
-def is_quick(layer: str, technique: str) -> bool:
-    """Whether a pair belongs to the fast tests: the full table takes minutes."""
-    return is_on_a_line(layer, technique) or (LAYERS[layer].quick and TECHNIQUES[technique].quick)
-
-
-def is_accepted(cell: tuple[str, str]) -> bool:
-    """Whether the layers allow what the technique needs."""
-    return PAIRS[cell].layer.refusal(PAIRS[cell].technique) is None
-
-
-accepted = cells(filter(is_accepted, PAIRS), is_quick)
-accepted_and_long = cells(filter(is_accepted, PAIRS), is_on_a_line)
-linear = cells((cell for cell in PAIRS if is_accepted(cell) and PAIRS[cell].layer.linear), is_quick)
-refused = cells((cell for cell in PAIRS if not is_accepted(cell)), is_quick)
+accepted = cells(cell for cell, pair in PAIRS.items() if pair.layer.refusal(pair.technique) is None)
+refused = cells(cell for cell, pair in PAIRS.items() if pair.layer.refusal(pair.technique) is not None)
+linear = cells(c for c, pair in PAIRS.items() if pair.layer.linear and pair.layer.refusal(pair.technique) is None)
 
 
 def blended_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -270,7 +263,7 @@ def test_7_in_the_lossless_limit_nothing_changes(layer: str, name: str, dtype: t
     assert_close(got, outputs(case.build(dtype=dtype), case.batch(99, dtype)), tolerance)
 
 
-@accepted_and_long
+@accepted
 def test_8_a_run_that_is_split_at_any_step_ends_with_the_same_bits(pair: Pair) -> None:
     whole, snapshots = pair.prepare(), []
     for step in range(END):
