@@ -750,3 +750,27 @@ def test_hundreds_of_blocks_are_replaced_in_time_that_grows_with_their_number() 
     start = time.process_time()
     vanishing.prepare(model, recipe).finish(force=True)
     assert time.process_time() - start < 3
+
+
+# One transition after another
+
+
+def another_linear(block: nn.Linear) -> nn.Module:
+    return nn.Linear(block.in_features, block.out_features)
+
+
+@pytest.mark.parametrize("second", [Replace(another_linear), vanishing.LowRank(rank=2), MagnitudePruning(sparsity=0.5)])
+def test_a_replacement_is_not_compressed_itself(second: vanishing.Compressor) -> None:
+    model = mlp()
+    vanishing.prepare(model, Recipe({"0": Replace(another_linear)}, schedule=StepSchedule(at=0))).finish()
+    before = copied(model.state_dict())
+    with pytest.raises(vanishing.RecipeError, match="an earlier transition put it there, and load could not do both"):
+        vanishing.prepare(model, Recipe({"0": second}, schedule=StepSchedule(at=0)))
+    assert states_equal(model.state_dict(), before)
+
+
+def test_a_block_with_factored_layers_is_not_replaced() -> None:
+    model = nn.Sequential(mlp(), nn.Identity())
+    vanishing.prepare(model, Recipe({"0.0": vanishing.LowRank(rank=2)}, schedule=StepSchedule(at=0))).finish()
+    with pytest.raises(vanishing.RecipeError, match="an earlier transition built '0.0' in it, which load could not"):
+        vanishing.prepare(model, Recipe({"0": Replace(another_linear)}, schedule=StepSchedule(at=0)))

@@ -96,6 +96,12 @@ def test_the_file_holds_no_original_weight(tmp_path: Path) -> None:
     assert original.norm.weight.detach().numpy().tobytes() in everything
 
 
+def test_the_files_can_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save(net(), tmp_path / "small")
+    assert {file.stat().st_mode for file in (tmp_path / "small").iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["4 bits in groups", "binary", "pruning", "low rank | 4 bits"])
 def test_a_model_that_was_cast_after_finish_is_still_small_and_exact(

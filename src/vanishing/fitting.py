@@ -15,7 +15,7 @@ from vanishing.encodings import dtype_name
 from vanishing.errors import ConfigError, FileError
 from vanishing.layers import factor
 from vanishing.manifest import DType, LayerEntry, Manifest, join
-from vanishing.places import Places
+from vanishing.places import Places, is_below
 
 _BUILD = "Build the original architecture, with the settings that it had when it was compressed."
 _TYPES = get_args(DType)
@@ -46,11 +46,6 @@ def identity(tensor: Tensor) -> Hashable:
     if tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def is_below(name: str, module: str) -> bool:
-    """Whether a name is that of a module or of something in it."""
-    return not module or name == module or name.startswith(f"{module}.")
 
 
 def rebuilt_names(manifest: Manifest, model: nn.Module) -> tuple[str, ...]:

@@ -36,6 +36,11 @@ class Places:
                     self._places[id(child)].append((parent, name))
 
 
+def is_below(name: str, module: str) -> bool:
+    """Whether a name is that of a module or of something in it."""
+    return not module or name == module or name.startswith(f"{module}.")
+
+
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give a module the hooks of another one; hooks that it has of its own run inside of those."""
     for name in _HOOKS:

@@ -18,6 +18,8 @@ from vanishing.compressors import BlockCompressor, Compressor, LayerView, Weight
 from vanishing.errors import RecipeError
 from vanishing.layers import Factored, LayerKind, find_kind
 from vanishing.patterns import Glob, Pattern
+from vanishing.places import is_below
+from vanishing.receipt import read_receipt
 from vanishing.recipe import Recipe, Rule
 from vanishing.suitability import block_problem, replacement_problem, weight_problem
 from vanishing.tally import Tally, rule_problem
@@ -161,6 +163,8 @@ class _Planner:
         self.ignored = {name for candidate in ignored for name in candidate.names}
         self.factored = {n for c in self.candidates if isinstance(c.module, Factored) for n in c.names}
         self.replaced: set[str] = set()
+        receipt = read_receipt(model)
+        self.finished = {} if receipt is None else receipt.layers
         self.selected: dict[int, list[tuple[_Candidate, str, int, Rule]]] = defaultdict(list)
         self.tallies = [Tally() for _ in recipe.rules]
         self.owners: dict[int, list[tuple[_Candidate, str]]] = defaultdict(list)
@@ -231,6 +235,9 @@ class _Planner:
 
     def _refusal(self, candidate: _Candidate, pattern: Pattern, compressor: Compressor) -> str | None:
         """Why a rule does not choose a module that its pattern matches; None where it does."""
+        earlier = self._rebuilt_earlier(candidate, isinstance(compressor, BlockCompressor))
+        if earlier is not None:
+            return earlier
         if isinstance(compressor, BlockCompressor):
             if isinstance(candidate.module, _UNCALLED):
                 return "it only holds other modules and is never called"
@@ -244,6 +251,15 @@ class _Planner:
         if compressor.replaces_layer and candidate.within(self.factored):
             return "it is one of the two layers that a factored one is made of already"
         return compressor.refusal(candidate.kind)
+
+    def _rebuilt_earlier(self, candidate: _Candidate, is_block: bool) -> str | None:
+        """Why a module that an earlier transition built cannot be compressed again; None where it can."""
+        for name, layer in self.finished.items():
+            if layer.structure == "replaced" and name in candidate.names:
+                return "an earlier transition put it there, and load could not do both. Let its factory do it all"
+            if layer.structure != "weight" and is_block and any(is_below(name, own) for own in candidate.names):
+                return f"an earlier transition built {name!r} in it, which load could not repeat. Replace the original"
+        return None
 
     def _take(self, candidate: _Candidate, number: int, rule: Rule) -> None:
         compressor = rule.compressor

@@ -59,9 +59,9 @@ class FinishedLayer:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The resolved recipe and the compressed layers by full module name."""
+    """The resolved recipe (None where this process cannot read it) and the compressed layers by full module name."""
 
-    recipe: Recipe
+    recipe: Recipe | None
     layers: dict[str, FinishedLayer]
 
 

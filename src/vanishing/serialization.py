@@ -18,10 +18,11 @@ from vanishing.blend import BlendedBlock, BlendedWeight
 from vanishing.compressors import Compressor
 from vanishing.encodings import dtype_name, encode
 from vanishing.errors import ConfigError, FileError, TransitionError
-from vanishing.fitting import Fit, check_fit, identity, is_below, plain_state, rebuild, rebuilt_names
+from vanishing.fitting import Fit, check_fit, identity, plain_state, rebuild, rebuilt_names
 from vanishing.folder import replace_folder
 from vanishing.layers import Factored
 from vanishing.manifest import (
+    MANIFEST,
     WEIGHTS,
     LayerEntry,
     Manifest,
@@ -32,6 +33,7 @@ from vanishing.manifest import (
     seal,
     write_manifest,
 )
+from vanishing.places import is_below
 from vanishing.receipt import FinishedLayer, Grid, Receipt, attach_receipt, read_receipt
 from vanishing.recipe import Recipe
 from vanishing.stored import SEAL, StoredWeights, check_files, file_entry
@@ -83,6 +85,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = Non
         save_file(parts, folder / WEIGHTS, metadata={SEAL: seal(data)})
         data["files"][WEIGHTS] = file_entry(folder / WEIGHTS).model_dump()
         write_manifest(folder, data)
+        # safetensors makes its file readable for the owner alone, whatever the process's umask says.
+        (folder / WEIGHTS).chmod((folder / MANIFEST).stat().st_mode)
 
     replace_folder(path, write)
 
@@ -216,7 +220,7 @@ def _attach(folder: Path, manifest: Manifest, model: nn.Module, grids: Mapping[s
     }
     recipe = None if manifest.recipe is None else _known(folder, "the recipe", Recipe.from_dict, manifest.recipe)
     if layers or recipe is not None:
-        attach_receipt(model, Receipt(recipe=recipe, layers=layers))  # type: ignore[arg-type]
+        attach_receipt(model, Receipt(recipe=recipe, layers=layers))
 
 
 def _known(folder: Path, what: str, read: Callable[[Any], Any], data: Any) -> Any:

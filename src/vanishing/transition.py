@@ -292,17 +292,17 @@ class Transition:
         self._update(Moment(step=step, arriving=abs(step - previous) > 1, settled=False), previous)
 
     def _set_clock(self) -> None:
+        strengths = [1.0 if ramp is None else 1.0 - ramp(self._step) for ramp in self._ramps]
+        settled = [self._is_settled(rule, self._step) for rule in range(len(self._ramps))]
         for site in self._sites:
-            ramp = self._ramps[site.rule]
-            strength = 1.0 if ramp is None else 1.0 - ramp(self._step)
-            settled = self._is_settled(site.rule, self._step)
             for form in site.forms():
-                form.strength, form.settled = strength, settled
+                form.strength, form.settled = strengths[site.rule], settled[site.rule]
         self._set_betas()
 
     def _set_betas(self) -> None:
+        betas = [schedule(self._step) if self._override is None else self._override for schedule in self._betas]
         for site in self._sites:
-            site.blend.set_beta(self._betas[site.rule](self._step) if self._override is None else self._override)
+            site.blend.set_beta(betas[site.rule])
 
     def _is_settled(self, rule: int, step: int) -> bool:
         ramp = self._ramps[rule]

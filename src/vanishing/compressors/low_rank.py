@@ -113,16 +113,18 @@ class _BlendProduct(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor, beta: Beta) -> Tensor:
         ctx.save_for_backward(left, right, *([beta] if isinstance(beta, Tensor) else []))
         ctx.beta = None if isinstance(beta, Tensor) else beta
-        return (weight * beta).addmm_((1 - beta) * left, right)
+        if isinstance(beta, Tensor):
+            return (weight * beta).addmm_((1 - beta) * left, right)
+        return (weight * beta).addmm_(left, right, alpha=1 - beta)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         left, right, *rest = ctx.saved_tensors
         beta = rest[0] if rest else ctx.beta
-        # The thin factors are scaled, not their gradients' sources, which are as large as the weight.
-        left_gradient = gradient @ ((1 - beta) * right).t()
-        right_gradient = (gradient.t() @ ((1 - beta) * left)).t()
+        # The thin results are scaled, not their source, which is as large as the weight.
+        left_gradient = gradient.mm(right.t()).mul_(1 - beta)
+        right_gradient = gradient.t().mm(left).mul_(1 - beta).t()
         return gradient * beta, left_gradient, right_gradient, None
 
 

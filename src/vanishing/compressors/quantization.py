@@ -140,7 +140,10 @@ def _nonzero(scale: Tensor) -> Tensor:
 def mean_magnitude(matrix: Tensor, blocks: Tensor, granularity: Granularity) -> Tensor:
     """Return the mean of |w| over each block: the least-squares scale of sign(w) (1603.05279, equation 6)."""
     # On a CPU this is several times faster than a norm of order 1.
-    return total(blocks.abs()).div_(block_sizes(matrix, blocks, granularity)).to(matrix.dtype)
+    sizes = block_sizes(matrix, blocks, granularity)
+    if isinstance(sizes, int) and blocks.dtype in (torch.float32, torch.float64):
+        return blocks.abs().mean(-1, keepdim=True)
+    return total(blocks.abs()).div_(sizes).to(matrix.dtype)
 
 
 def binary_scale(matrix: Tensor, blocks: Tensor, granularity: Granularity) -> Tensor:
