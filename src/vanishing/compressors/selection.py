@@ -29,22 +29,22 @@ def keep_largest(magnitudes: Sequence[Tensor], keep: int, guess: float | None = 
     if keep in (0, total):
         return [torch.full_like(m, keep > 0, dtype=torch.bool) for m in magnitudes], 0.0
     border = _border(magnitudes, keep, total, guess)
-    masks = [m > border for m in magnitudes]
-    missing = keep - int(sum(mask.count_nonzero() for mask in masks))
-    for mask, m in zip(masks, magnitudes, strict=True):
-        if missing <= 0:
+    masks, counts = zip(*(_at_least(m, border) for m in magnitudes), strict=True)
+    excess = sum(counts) - keep
+    for mask, m in zip(reversed(masks), reversed(magnitudes), strict=True):
+        if excess == 0:
             break
-        ties = (m == border).nonzero()[:missing]
-        mask[tuple(ties.T)] = True
-        missing -= len(ties)
-    return masks, float(border)
+        last_ties = (m == border).nonzero()[-excess:]
+        mask[tuple(last_ties.T)] = False
+        excess -= len(last_ties)
+    return list(masks), float(border)
 
 
 def _border(magnitudes: Sequence[Tensor], keep: int, total: int, guess: float | None) -> Tensor:
     """Return the smallest magnitude that stays, as a tensor of no dimensions."""
     if magnitudes[0].device.type == "cpu":
         # NumPy's partition is vectorized: faster from scratch than a warm start in PyTorch.
-        every = torch.cat([m.flatten() for m in magnitudes])
+        every = magnitudes[0].flatten() if len(magnitudes) == 1 else torch.cat([m.flatten() for m in magnitudes])
         exact = every if every.dtype == torch.float64 else every.float()
         return torch.as_tensor(np.partition(exact.numpy(), total - keep)[total - keep], dtype=every.dtype)
     for width in _NEIGHBORHOODS if guess else ():
@@ -52,6 +52,16 @@ def _border(magnitudes: Sequence[Tensor], keep: int, total: int, guess: float | 
         if border is not None:
             return border
     return torch.cat([m.flatten() for m in magnitudes]).kthvalue(total - keep + 1).values
+
+
+def _at_least(magnitudes: Tensor, border: Tensor) -> tuple[Tensor, int]:
+    """Return where magnitudes are not below the border, and how many there are."""
+    if magnitudes.device.type == "cpu" and magnitudes.dtype in (torch.float32, torch.float64):
+        # Several times faster than PyTorch on a CPU.
+        above = np.greater_equal(magnitudes.numpy(), border.item())
+        return torch.from_numpy(above), int(np.count_nonzero(above))
+    mask = magnitudes >= border
+    return mask, int(mask.count_nonzero())
 
 
 def border_near(magnitudes: Sequence[Tensor], keep: int, guess: float, width: float) -> Tensor | None:
