@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
+import torch
 from torch import Tensor
 
 from vanishing.compressors.base import Gradient, ProjectedWeight, ProjectionCompressor
@@ -15,7 +16,6 @@ from vanishing.compressors.quantization import (
     check_quantizer_gradient,
     make_grid,
     quantize,
-    with_sign,
     within_scale,
 )
 from vanishing.granularity import PerChannel, PerGroup, PerTensor
@@ -76,7 +76,7 @@ class SignsOfKept(ProjectedWeight):
         if bits != 1:
             return quantize(matrix, bits, granularity, symmetric=True)
         blocks = to_blocks(matrix, granularity)
-        return from_blocks(with_sign(self._scale(blocks), blocks), matrix)
+        return from_blocks(torch.copysign(self._scale(blocks), blocks), matrix)
 
     def inside(self, matrix: Tensor) -> Tensor | None:
         if self.compressor.gradient is not Gradient.CLIPPED:

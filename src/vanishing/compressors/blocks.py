@@ -32,12 +32,13 @@ def total(blocks: Tensor) -> Tensor:
     return blocks.sum(-1, keepdim=True, dtype=torch.promote_types(blocks.dtype, torch.float32))
 
 
-def block_sizes(matrix: Tensor, blocks: Tensor, granularity: Granularity) -> Tensor | int:
+def block_sizes(matrix: Tensor, blocks: Tensor, granularity: Granularity) -> Tensor | float:
     """Return how many weights of the matrix each block holds, broadcastable against their scales."""
     size = blocks.shape[-1]
     short = -matrix.shape[1] % size if isinstance(granularity, PerGroup) else 0
     if not short:
-        return size
+        # A float: dividing by an integer is several times slower.
+        return float(size)
     sizes = torch.full((1, blocks.shape[1], 1), float(size), device=matrix.device, dtype=matrix.dtype)
     sizes[:, -1] -= short
     return sizes

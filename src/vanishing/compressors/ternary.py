@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
+import torch
 from torch import Tensor
 
 from vanishing.compressors.base import Gradient, ProjectionCompressor
@@ -14,7 +15,6 @@ from vanishing.compressors.quantization import (
     make_grid,
     mean_magnitude,
     quantize,
-    with_sign,
     within_scale,
 )
 from vanishing.granularity import PerChannel, PerGroup, PerTensor
@@ -55,7 +55,7 @@ class Ternary(ProjectionCompressor):
             return quantize(matrix, annealed(2, strength), self.granularity, symmetric=True)
         blocks = to_blocks(matrix, self.granularity)
         kept, scale = self._kept_and_scale(matrix, blocks)
-        return from_blocks(with_sign(scale, blocks).mul_(kept), matrix)
+        return from_blocks(torch.copysign(scale, blocks).mul_(kept), matrix)
 
     def inside(self, matrix: Tensor, strength: float) -> Tensor | None:
         return within_scale(matrix, self.granularity) if self.gradient is Gradient.CLIPPED else None
