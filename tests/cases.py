@@ -72,7 +72,7 @@ TECHNIQUES: dict[str, Technique] = {
     "pruned_globally": Technique(MagnitudePruning(sparsity=0.6, granularity=Global()), quick=True),
     "pruned_2_of_4": Technique(MagnitudePruning(granularity=NM(n=2, m=4)), ("groups of 4",)),
     "pruned_exact_gradient": Technique(MagnitudePruning(sparsity=0.6, gradient=Gradient.EXACT), quick=True),
-    "pruned_never_frozen": Technique(MagnitudePruning(sparsity=0.6, freeze=False, update_every=2)),
+    "pruned_frozen": Technique(MagnitudePruning(sparsity=0.6, freeze=True, update_every=3), quick=True),
     **CODES,
     "4_bits_per_tensor": Technique(Quantization(bits=4, granularity=PerTensor())),
     "4_bits_ragged_groups": Technique(Quantization(bits=4, granularity=PerGroup(size=5)), quick=True),

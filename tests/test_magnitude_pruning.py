@@ -169,3 +169,13 @@ def test_the_selection_is_exact_in_every_type(dtype: torch.dtype) -> None:
     (mask,), _ = keep_largest([magnitudes], 123)
     assert int(mask.sum()) == 123
     assert magnitudes[mask].min() >= magnitudes[~mask].max()
+
+
+def test_a_weight_that_diverged_does_not_break_the_clock() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    transition = vanishing.prepare(model, MagnitudePruning(sparsity=0.5), steps=4)
+    with torch.no_grad():
+        latent: Tensor = model.get_parameter("0.parametrizations.weight.original")
+        latent[:, :6] = torch.nan
+    transition.step()
+    assert int(next(b for n, b in model.named_buffers() if n.endswith("mask")).sum()) <= 32

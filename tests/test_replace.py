@@ -772,5 +772,5 @@ def test_a_replacement_is_not_compressed_itself(second: vanishing.Compressor) ->
 def test_a_block_with_factored_layers_is_not_replaced() -> None:
     model = nn.Sequential(mlp(), nn.Identity())
     vanishing.prepare(model, Recipe({"0.0": vanishing.LowRank(rank=2)}, schedule=StepSchedule(at=0))).finish()
-    with pytest.raises(vanishing.RecipeError, match="an earlier transition built '0.0' in it, which load could not"):
+    with pytest.raises(vanishing.RecipeError, match=r"an earlier transition built '0\.0' in it"):
         vanishing.prepare(model, Recipe({"0": Replace(another_linear)}, schedule=StepSchedule(at=0)))

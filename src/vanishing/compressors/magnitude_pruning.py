@@ -29,7 +29,8 @@ class MagnitudePruning(WeightCompressor):
             (all layers that the rule matches) or `NM(n, m)`.
         gradient: `Gradient.STRAIGHT_THROUGH`, by which a pruned weight can grow back, or `Gradient.EXACT`.
         freeze: whether the mask stays as it is once the fade is over; otherwise it is selected anew throughout.
-        update_every: optimizer steps between two selections of a layer; layers take turns.
+        update_every: optimizer steps between two selections of a layer; layers take turns. On a GPU a selection waits
+            for the device, and every few steps are enough.
 
     Raises:
         ConfigError: a value is out of range, or sparsity and granularity contradict each other.
@@ -41,8 +42,8 @@ class MagnitudePruning(WeightCompressor):
     _: KW_ONLY
     granularity: PerTensor | PerChannel | Global | NM = PerTensor()
     gradient: Gradient = Gradient.STRAIGHT_THROUGH
-    freeze: bool = True
-    update_every: Annotated[int, Field(ge=1, description="a number of optimizer steps, at least 1")] = 8
+    freeze: bool = False
+    update_every: Annotated[int, Field(ge=1, description="a number of optimizer steps, at least 1")] = 2
 
     stage: ClassVar[int] = 1
 

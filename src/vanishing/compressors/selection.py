@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_NEIGHBORHOODS = (0.02, 0.2)
+_NEIGHBORHOODS = (0.01, 0.2)
 
 
 def keep_largest(magnitudes: Sequence[Tensor], keep: int, guess: float | None = None) -> tuple[list[Tensor], float]:
@@ -28,40 +29,63 @@ def keep_largest(magnitudes: Sequence[Tensor], keep: int, guess: float | None = 
     total = sum(m.numel() for m in magnitudes)
     if keep in (0, total):
         return [torch.full_like(m, keep > 0, dtype=torch.bool) for m in magnitudes], 0.0
-    border = _border(magnitudes, keep, total, guess)
-    masks, counts = zip(*(_at_least(m, border) for m in magnitudes), strict=True)
-    excess = sum(counts) - keep
+    on_cpu = magnitudes[0].device.type == "cpu"
+    for width in _NEIGHBORHOODS if guess else ():
+        if on_cpu:
+            selected = _select_near(magnitudes, keep, guess or 0.0, width)
+            if selected is not None:
+                return selected
+        else:
+            border = border_near(magnitudes, keep, guess or 0.0, width)
+            if border is not None:
+                return _select_from(magnitudes, keep, border), float(border)
+    every = torch.cat([m.flatten() for m in magnitudes])
+    if on_cpu:
+        exact = every if every.dtype == torch.float64 else every.float()
+        border = torch.as_tensor(np.partition(exact.numpy(), total - keep)[total - keep], dtype=every.dtype)
+    else:
+        border = every.kthvalue(total - keep + 1).values
+    return _select_from(magnitudes, keep, border), float(border)
+
+
+def _select_near(
+    magnitudes: Sequence[Tensor], keep: int, guess: float, width: float
+) -> tuple[list[Tensor], float] | None:
+    """Return masks and border if the border lies within a share `width` of the guess, else None.
+
+    NumPy compares several times faster than PyTorch on a CPU.
+    """
+    low, high = guess * (1 - width), guess * (1 + width)
+    arrays = [(m if m.dtype == torch.float64 else m.float()).numpy().reshape(-1) for m in magnitudes]
+    masks = [array >= high for array in arrays]
+    places = [np.flatnonzero((array >= low) ^ mask) for array, mask in zip(arrays, masks, strict=True)]
+    candidates = np.concatenate([array[place] for array, place in zip(arrays, places, strict=True)])
+    wanted = keep - sum(np.count_nonzero(mask) for mask in masks)
+    if not 0 < wanted <= len(candidates):
+        return None
+    border = np.partition(candidates, len(candidates) - wanted)[len(candidates) - wanted]
+    stays = candidates >= border
+    excess = np.count_nonzero(stays) - wanted
+    if excess:
+        stays[np.flatnonzero(candidates == border)[-excess:]] = False
+    ends = itertools.accumulate(len(place) for place in places)
+    for mask, place, end in zip(masks, places, ends, strict=True):
+        mask[place] = stays[end - len(place) : end]
+    shaped = [torch.from_numpy(mask).reshape(m.shape) for mask, m in zip(masks, magnitudes, strict=True)]
+    return shaped, float(border)
+
+
+def _select_from(magnitudes: Sequence[Tensor], keep: int, border: Tensor) -> list[Tensor]:
+    """Return the masks of what is not below the border, without the last of too many equal ones."""
+    masks = [m >= border for m in magnitudes]
+    excess = int(sum(mask.count_nonzero() for mask in masks)) - keep
     for mask, m in zip(reversed(masks), reversed(magnitudes), strict=True):
-        if excess == 0:
+        if excess <= 0:
             break
         last_ties = (m == border).nonzero()[-excess:]
         mask[tuple(last_ties.T)] = False
         excess -= len(last_ties)
-    return list(masks), float(border)
-
-
-def _border(magnitudes: Sequence[Tensor], keep: int, total: int, guess: float | None) -> Tensor:
-    """Return the smallest magnitude that stays, as a tensor of no dimensions."""
-    if magnitudes[0].device.type == "cpu":
-        # NumPy's partition is vectorized: faster from scratch than a warm start in PyTorch.
-        every = magnitudes[0].flatten() if len(magnitudes) == 1 else torch.cat([m.flatten() for m in magnitudes])
-        exact = every if every.dtype == torch.float64 else every.float()
-        return torch.as_tensor(np.partition(exact.numpy(), total - keep)[total - keep], dtype=every.dtype)
-    for width in _NEIGHBORHOODS if guess else ():
-        border = border_near(magnitudes, keep, guess or 0.0, width)
-        if border is not None:
-            return border
-    return torch.cat([m.flatten() for m in magnitudes]).kthvalue(total - keep + 1).values
-
-
-def _at_least(magnitudes: Tensor, border: Tensor) -> tuple[Tensor, int]:
-    """Return where magnitudes are not below the border, and how many there are."""
-    if magnitudes.device.type == "cpu" and magnitudes.dtype in (torch.float32, torch.float64):
-        # Several times faster than PyTorch on a CPU.
-        above = np.greater_equal(magnitudes.numpy(), border.item())
-        return torch.from_numpy(above), int(np.count_nonzero(above))
-    mask = magnitudes >= border
-    return mask, int(mask.count_nonzero())
+    return masks
 
 
 def border_near(magnitudes: Sequence[Tensor], keep: int, guess: float, width: float) -> Tensor | None:
