@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 
 import vanishing
 from cases import LAYERS, PAIRS, Experts, LayerCase, OtherLinear, Tied, Twice, loss, outputs
 from vanishing import Binary, LinearSchedule, LowRank, MagnitudePruning, PerTensor, Quantization, Recipe
+from vanishing.blend import BlendedWeight
 from vanishing.layers import Factored, factor, find_kind
 from vanishing.plan import Plan
 
@@ -336,13 +337,13 @@ def test_a_recurrent_layer_computes_each_blended_weight_once(
     run = PAIRS[layer, "pruned"].prepare()
     run.transition.seek(2)
     calls: list[nn.Module] = []
-    compute = parametrize.ParametrizationList.forward
+    compute = BlendedWeight.forward
 
-    def count(self: parametrize.ParametrizationList) -> Tensor:
+    def count(self: BlendedWeight, weight: Tensor) -> Tensor:
         calls.append(self)
-        return compute(self)
+        return compute(self, weight)
 
-    monkeypatch.setattr(parametrize.ParametrizationList, "forward", count)
+    monkeypatch.setattr(BlendedWeight, "forward", count)
     run.model(*LAYERS[layer].batch())
     assert len(calls) == len(set(calls)) == weights
 

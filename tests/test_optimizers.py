@@ -47,14 +47,14 @@ def test_new_parameters_join_the_group_of_the_weight_that_they_come_from_and_ori
     transition = vanishing.prepare(model, MIXED, optimizer=optimizer)
     factors = "0.parametrizations.weight.0.form.factors"
     assert names(model, optimizer) == [
-        # The bias of a replaced block is one of its parameters, the first of them that the optimizer holds.
-        ["0.bias", "2.original.bias", "2.replacement.weight", "2.replacement.bias"],
-        ["2.original.weight"],
+        # A replacement's matrices join the original's matrices, its vectors the vectors.
+        ["0.bias", "2.original.bias", "2.replacement.bias"],
+        ["2.original.weight", "2.replacement.weight"],
         ["0.parametrizations.weight.original", f"{factors}.0.weight", f"{factors}.1.weight"],
     ]
     train(model, transition, 3, optimizer)
     transition.finish()
-    assert names(model, optimizer) == [["0.1.bias", "2.weight", "2.bias"], [], ["0.0.weight", "0.1.weight"]]
+    assert names(model, optimizer) == [["0.1.bias", "2.bias"], ["2.weight"], ["0.0.weight", "0.1.weight"]]
     assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == settings
     train(model, None, 2, optimizer)
 

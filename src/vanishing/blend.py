@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from vanishing.compressors.base import Beta, CompressedWeight
 from vanishing.errors import TransitionError
@@ -76,10 +79,13 @@ def install_blended_weight(module: nn.Module, name: str, blend: BlendedWeight) -
     """
     parametrize.register_parametrization(module, name, blend, unsafe=True)
     blended_type: Any = type(module)
-    setattr(blended_type, name, _weight_property(name, getattr(blended_type, name)))
+    recurrent = isinstance(module, nn.RNNBase)
+    fast = _weight_property(name, getattr(blended_type, name))
+    setattr(blended_type, name, _held_property(name, fast) if recurrent else fast)
     base_forward = blended_type.__mro__[1].forward
-    if isinstance(module, nn.RNNBase):
+    if recurrent:
         blended_type.forward = _recurrent_forward(base_forward)
+        blended_type._apply = _recurrent_apply(blended_type.__mro__[1]._apply)
     if blend.form.factored is not None:
         blended_type.forward = _factored_forward(base_forward, name)
 
@@ -91,22 +97,60 @@ def _weight_property(name: str, slow: property) -> property:
         if parametrize._cache_enabled:
             return slow.fget(self)  # type: ignore[misc]
         parametrizations: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
-        return parametrizations._modules["0"].forward(parametrizations._parameters["original"])
+        original = parametrizations._parameters.get("original")
+        # A copy of `nn.DataParallel` holds no parameters, and a user may have put a parametrization of his own on top.
+        if original is None or len(parametrizations._modules) > 1:
+            return slow.fget(self)  # type: ignore[misc]
+        return parametrizations._modules["0"].forward(original)
 
     return property(blended, slow.fset)
 
 
+_held = threading.local()
+"""In `weights`, those of the recurrent layer whose forward pass this thread is in."""
+
+
+def _held_property(name: str, fast: property) -> property:
+    """The property of a recurrent layer, which asks for every weight several times in a forward pass."""
+
+    def blended(self: nn.Module) -> Tensor:
+        weights: dict[tuple[int, str], Tensor] | None = getattr(_held, "weights", None)
+        if weights is None:
+            return fast.fget(self)  # type: ignore[misc]
+        if (id(self), name) not in weights:
+            weights[id(self), name] = fast.fget(self)  # type: ignore[misc]
+        return weights[id(self), name]
+
+    return property(blended, fast.fset)
+
+
 def _recurrent_forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: nn.RNNBase, *arguments: Any, **keywords: Any) -> Any:
-        # It asks for every weight several times, and keeps a list of them that nobody could copy with its graph.
-        with parametrize.cached():
+        _held.weights = {}
+        try:
             output = base_forward(self, *arguments, **keywords)
-        self._flat_weights = [None if weight is None else weight.detach() for weight in self._flat_weights]
-        # It makes the list anew when these are not its weights.
-        self._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in self._flat_weights]
+        finally:
+            _held.weights = None
+        _forget_graphs(self)
         return output
 
     return forward
+
+
+def _recurrent_apply(base_apply: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(self: nn.RNNBase, *arguments: Any, **keywords: Any) -> Any:
+        result = base_apply(self, *arguments, **keywords)
+        _forget_graphs(self)
+        return result
+
+    return apply
+
+
+def _forget_graphs(module: nn.RNNBase) -> None:
+    """Let a recurrent layer's own list of its weights hold none that nobody could copy with its graph."""
+    module._flat_weights = [None if weight is None else weight.detach() for weight in module._flat_weights]
+    # It makes the list anew when these are not its weights.
+    module._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in module._flat_weights]
 
 
 def _factored_forward(base_forward: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -115,6 +159,8 @@ def _factored_forward(base_forward: Callable[..., Any], name: str) -> Callable[.
         if current.fading:
             output: Tensor = base_forward(self, *arguments, **keywords)
             return output
+        # Loading or casting may have put another one in its place.
+        current.form.factored.borrow_bias(self._parameters.get("bias"))
         replaced: Tensor = current.form.factored(*arguments, **keywords)
         return replaced
 
@@ -131,6 +177,8 @@ def remove_blended_weight(module: nn.Module, name: str, order: tuple[str, ...]) 
         # Reinserting in the old order keeps `parameters()` as an optimizer or a checkpoint knew it.
         if parameter in module._parameters:
             module._parameters[parameter] = module._parameters.pop(parameter)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 def blended_weights(module: nn.Module) -> Iterator[tuple[str, BlendedWeight]]:
@@ -168,9 +216,15 @@ class BlendedBlock(Blend):
         if not self.fading:
             return self.replacement(*arguments, **keywords)
         beta = self.current_beta()
-        original = self.original(*arguments, **keywords)
         if isinstance(beta, float) and beta == 1.0:
-            return original
+            return self.original(*arguments, **keywords)
+        before = _versions(arguments, keywords)
+        original = self.original(*arguments, **keywords)
+        if before != _versions(arguments, keywords):
+            raise TransitionError(
+                f"the original of {self._result} writes into its input, which the replacement would then get instead. "
+                f"Let it write into a copy (inplace=False), or replace a block around it."
+            )
         return blend_outputs(original, self.replacement(*arguments, **keywords), beta, self._result)
 
     def __getattr__(self, name: str) -> Any:
@@ -237,6 +291,8 @@ def blend_outputs(original: Any, replacement: Any, beta: Beta, path: str) -> Any
             raise _mismatch(path, f"keys {sorted(original)}", f"keys {sorted(replacement)}")
         items = {k: blend_outputs(original[k], replacement[k], beta, f"{path}[{k!r}]") for k in original}
         # transformers' outputs are ordered mappings that are also dataclasses, and are made from keywords.
+        if isinstance(original, defaultdict):
+            return defaultdict(original.default_factory, items)
         return type(original)(**items) if dataclasses.is_dataclass(original) else type(original)(items)  # type: ignore[call-arg]
     if isinstance(original, (tuple, list)) and isinstance(replacement, (tuple, list)):
         if len(original) != len(replacement):
@@ -253,6 +309,14 @@ def blend_outputs(original: Any, replacement: Any, beta: Beta, path: str) -> Any
     return replacement
 
 
+def _versions(*inputs: Any) -> list[int]:
+    """How often each tensor among the inputs was written to."""
+    if torch.compiler.is_compiling():
+        return []
+    leaves = tree_leaves(inputs)
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
 def _holds_tensors(output: Any) -> bool:
     return isinstance(output, (Tensor, Mapping, tuple, list)) or dataclasses.is_dataclass(output)
 
@@ -262,7 +326,8 @@ def _blend_tensors(original: Tensor, replacement: Tensor, beta: Beta, path: str)
         raise _mismatch(path, f"shape {tuple(original.shape)}", f"shape {tuple(replacement.shape)}")
     if not (original.is_floating_point() or original.is_complex()):
         return replacement
-    return torch.lerp(replacement.to(original.dtype), original, beta)
+    # Not `lerp`, whose difference of two infinities is no number: scores are masked with minus infinity.
+    return original * beta + replacement.to(original.dtype) * (1 - beta)
 
 
 def _mismatch(path: str, expected: str, got: str) -> TransitionError:

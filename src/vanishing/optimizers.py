@@ -66,15 +66,22 @@ def join(optimizer: Optimizer, beside: Iterable[nn.Parameter], parameters: Mappi
 
     Args:
         optimizer: the optimizer.
-        beside: the others; if it holds none of them, the first group is taken.
+        beside: the others; if it holds none of them, the first group is taken. Where they are spread over groups, a
+            matrix joins a group of matrices and a vector one of vectors: weight decay is for the former.
         parameters: by name, which an optimizer that was made from named parameters keeps.
     """
     neighbors = {id(p) for p in beside}
-    groups = optimizer.param_groups
-    group = next((g for g in groups if any(id(p) in neighbors for p in g["params"])), groups[0])
+    # By whether it holds a matrix: the first group that holds such a neighbor.
+    near: dict[bool, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        for neighbor in group["params"]:
+            if id(neighbor) in neighbors:
+                near.setdefault(neighbor.ndim > 1, group)
+    others = [*near.values(), optimizer.param_groups[0]]
     held = held_ids([optimizer])
     for name, parameter in parameters.items():
         if id(parameter) not in held:
+            group = near.get(parameter.ndim > 1, others[0])
             group["params"].append(parameter)
             if _NAMES in group:
                 group[_NAMES].append(name)
@@ -87,6 +94,7 @@ def leave(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -
         for group in optimizer.param_groups:
             stays = [id(p) not in gone for p in group["params"]]
             for key in {"params", _NAMES} & set(group):
-                group[key] = list(itertools.compress(group[key], stays))
+                # In place: some optimizers keep the list itself.
+                group[key][:] = itertools.compress(group[key], stays)
         for parameter in [p for p in optimizer.state if id(p) in gone]:
             del optimizer.state[parameter]

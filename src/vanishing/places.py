@@ -6,7 +6,9 @@ from collections import defaultdict
 
 from torch import nn
 
-_HOOKS = tuple(n for n in nn.Module().__dict__ if n.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")))
+_ENDINGS = ("_hooks", "_hooks_with_kwargs", "_always_called")
+# Hooks on a module's state stay with it: the names that they see are those below it.
+_HOOKS = tuple(n for n in nn.Module().__dict__ if n.startswith(("_forward", "_backward")) and n.endswith(_ENDINGS))
 
 
 class Places:

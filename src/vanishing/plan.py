@@ -255,6 +255,9 @@ class _Planner:
     def _rebuilt_earlier(self, candidate: _Candidate, is_block: bool) -> str | None:
         """Why a module that an earlier transition built cannot be compressed again; None where it can."""
         for name, layer in self.finished.items():
+            if layer.structure == "factored" and name not in self.factored:
+                # Somebody has put another module there since.
+                continue
             if layer.structure == "replaced" and name in candidate.names:
                 return "an earlier transition put it there, and load could not do both. Let its factory do it all"
             if layer.structure != "weight" and is_block and any(is_below(name, own) for own in candidate.names):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from vanishing.blend import (
     Blend,
@@ -83,12 +85,26 @@ class WeightSite(Site):
         self.planned = planned
         weight = planned.layer.weight
         assert isinstance(weight, nn.Parameter)
-        self.weight = weight
         self.blend = BlendedWeight(planned.compressor.form(planned.layer, ramped=ramped))
         self.blend.to(weight.device)
         self._orders = [tuple(module._parameters) for module, _ in planned.owners]
         first = planned.layer.module
         self._before = (sum(p.numel() for p in first.parameters(recurse=False)), _bytes(first))
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The latent weight; asked for anew, as loading and casting may put another parameter in its place."""
+        return self._weights()[0]
+
+    def _weights(self) -> list[nn.Parameter]:
+        """The latent weight of every owner: one parameter, unless something has untied them."""
+        lists: list[Any] = [
+            module.parametrizations[name].original  # type: ignore[index,union-attr]
+            if parametrize.is_parametrized(module, name)
+            else module._parameters[name]
+            for module, name in self.planned.owners
+        ]
+        return lists
 
     def forms(self) -> Iterator[CompressedWeight]:
         for module in self.blend.modules():
@@ -97,7 +113,7 @@ class WeightSite(Site):
 
     @property
     def original_parameters(self) -> list[nn.Parameter]:
-        return [self.weight]
+        return list(dict.fromkeys(self._weights()))
 
     @property
     def new_parameters(self) -> list[nn.Parameter]:
@@ -137,6 +153,7 @@ class WeightSite(Site):
             grids = {f"{i}.weight": g for i, (b, w) in enumerate(form.factor_blends()) if (g := b.form.grid(w))}
             plain = form.plain_layers(layer.module, layer.kind)
             _make_factors_plain(plain)
+            plain.keep_bias(getattr(layer.module, "bias", None))
             self.remove(places)
             places.put(layer.module, plain)
             structure = "factored"
@@ -146,7 +163,8 @@ class WeightSite(Site):
             # Adding zero turns the -0 of a pruned negative weight into the 0 that the file gives back.
             final = form.compress(self.weight) + 0.0
             self.remove(places)
-            self.weight.copy_(final)
+            for weight in self._weights():
+                weight.copy_(final)
             structure = "weight"
         finished = FinishedLayer(self.planned.compressor, structure, *self._before, grids)
         return dict.fromkeys(self.planned.names, finished)

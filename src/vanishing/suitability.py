@@ -40,6 +40,8 @@ def replacement_problem(name: str, layer: LayerView) -> str | None:
     """Return why two plain layers cannot take the place of a layer that is to be factored, None where they can."""
     if not name:
         return _NO_PLACE
+    if parametrize.is_parametrized(layer.module, "bias"):
+        return "its bias is parametrized, which two plain layers could not share. Remove that first"
     if "forward" in vars(layer.module):
         return "its forward was patched on the object, which a replacement would lose. Remove the patch first"
     base_forward = layer.kind.base_forward(layer.module)

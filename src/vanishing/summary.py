@@ -167,11 +167,9 @@ def _final_tensors(module: nn.Module, finished: FinishedLayer | None) -> Iterato
         return
     blends = dict(blended_weights(module))
     factors = next((b.form.factored for b in blends.values() if b.form.factored is not None), None)
-    if factors is not None:
-        for factor in factors:
-            yield from _final_tensors(factor, None)
-        return
-    for name, blend in blends.items():
+    for factor in factors or ():
+        yield from _final_tensors(factor, None)
+    for name, blend in blends.items() if factors is None else ():
         original = module.parametrizations[name].original  # type: ignore[index,union-attr]
         yield blend.form.compress(original).detach() + 0.0, blend.form.grid(original.detach()), id(original)
     for name, parameter in module.named_parameters():

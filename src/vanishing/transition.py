@@ -130,6 +130,8 @@ class Transition:
     @property
     def end(self) -> int:
         """The first optimizer step at which every schedule and every ramp is over."""
+        if self._ended is not None:
+            return self._last_end
         used = {site.rule for site in self._sites}
         schedules = [s for number in used for s in (self._betas[number], self._ramps[number]) if s is not None]
         return max((s.end for s in schedules), default=0)
@@ -270,7 +272,7 @@ class Transition:
                 site.install(places)
                 undo.callback(site.remove, places)
             self._set_clock()
-            self._update(Moment(step=0, arriving=True, settled=False))
+            self._update(arriving=True)
             # Between the forms, where both run and their shapes must agree, and with nothing left of the original.
             for beta in (0.5, 0.0):
                 with self._overridden(beta):
@@ -289,7 +291,7 @@ class Transition:
         if step == previous:
             return
         self._set_clock()
-        self._update(Moment(step=step, arriving=abs(step - previous) > 1, settled=False), previous)
+        self._update(arriving=abs(step - previous) > 1, previous=previous)
 
     def _set_clock(self) -> None:
         strengths = [1.0 if ramp is None else 1.0 - ramp(self._step) for ramp in self._ramps]
@@ -309,17 +311,18 @@ class Transition:
         return step >= self._betas[rule].end and (ramp is None or step >= ramp.end)
 
     @torch.no_grad()
-    def _update(self, moment: Moment, previous: int | None = None) -> None:
+    def _update(self, *, arriving: bool, previous: int | None = None) -> None:
         for number, (_, rule) in enumerate(self.recipe.rules):
             sites = [s for s in self._sites if s.rule == number and isinstance(s, WeightSite)]
             if not sites or not isinstance(rule.compressor, WeightCompressor):
                 continue
             settled = self._is_settled(number, self._step)
-            just_settled = settled and previous is not None and not self._is_settled(number, previous)
-            arriving = moment.arriving or just_settled
+            was_settled = previous is not None and self._is_settled(number, previous)
+            just_settled = settled and previous is not None and not was_settled
             forms = [s.blend.form for s in sites]
             weights = [s.weight.detach() for s in sites]
-            rule.compressor.update(forms, weights, Moment(self._step, arriving, settled))
+            moment = Moment(self._step, arriving or just_settled, settled, was_settled)
+            rule.compressor.update(forms, weights, moment)
 
     @contextlib.contextmanager
     def _overridden(self, beta: float) -> Iterator[None]:
@@ -338,6 +341,7 @@ class Transition:
             raise TransitionError(f"this transition was {self._ended}. Call prepare again for another one.")
 
     def _close(self, how: str) -> None:
+        self._last_end = self.end
         self._sites = []
         self._ended = how
         self._optimizers.close()

@@ -41,11 +41,13 @@ class Moment:
         step: optimizer steps done.
         arriving: whether everything is to be selected anew and exactly: at the start, after a jump, at the end.
         settled: whether the fade and the ramp of the rule are over.
+        was_settled: whether they were over before the clock moved, as well.
     """
 
     step: int
     arriving: bool
     settled: bool
+    was_settled: bool
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from vanishing.compressors.quantization import (
     check_quantizer_gradient,
     make_grid,
     quantize,
-    within_scale,
+    within_range,
 )
 from vanishing.granularity import PerChannel, PerGroup, PerTensor
 from vanishing.layers.base import Layout
@@ -52,7 +52,9 @@ class Binary(ProjectionCompressor):
         return quantize(matrix, annealed(1, strength), self.granularity, symmetric=True)
 
     def inside(self, matrix: Tensor, strength: float) -> Tensor | None:
-        return within_scale(matrix, self.granularity) if self.gradient is Gradient.CLIPPED else None
+        if self.gradient is not Gradient.CLIPPED:
+            return None
+        return within_range(matrix, annealed(1, strength), self.granularity, symmetric=True)
 
     def grid(self, matrix: Tensor, layout: Layout) -> Grid:
         scale = binary_scale(matrix, to_blocks(matrix, self.granularity), self.granularity)
@@ -81,6 +83,9 @@ class SignsOfKept(ProjectedWeight):
     def inside(self, matrix: Tensor) -> Tensor | None:
         if self.compressor.gradient is not Gradient.CLIPPED:
             return None
+        bits = annealed(1, self.strength)
+        if bits != 1:
+            return within_range(matrix, bits, self.compressor.granularity, symmetric=True)
         blocks = to_blocks(matrix, self.compressor.granularity)
         return from_blocks(blocks.abs() <= 2 * self._scale(blocks), matrix)
 

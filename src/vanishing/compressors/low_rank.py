@@ -90,7 +90,8 @@ class LowRank(WeightCompressor):
             assert self.energy is not None
             if singular_values is None:
                 singular_values = torch.linalg.svdvals(grouped_matrix(layer))
-            share = singular_values.double().square().sum(0).cumsum(0)
+            # On a GPU a cumulative sum is not deterministic.
+            share = singular_values.double().square().sum(0).cpu().cumsum(0)
             rank = int((share < self.energy * share[-1]).sum()) + 1
         return min(max(rank, 1), full_rank(layer))
 
@@ -158,10 +159,8 @@ class LowRankWeight(CompressedWeight):
             self.register_buffer("kept_components", kept)
             self.register_buffer("final_rank", torch.tensor(final_rank))
         self.factors.train(layer.module.training)
-        bias = getattr(layer.module, "bias", None)
-        if bias is not None:
-            # The layer's own parameter: the two forms share one bias.
-            self.factors[1].bias = bias
+        # The two forms share one bias, the layer's.
+        self.factors.borrow_bias(getattr(layer.module, "bias", None))
         self._compress_factors()
         if compressor.energy is not None and not ramped:
             self.register_load_state_dict_pre_hook(_take_saved_rank)
@@ -203,19 +202,19 @@ class LowRankWeight(CompressedWeight):
 
     def plain_layers(self, module: nn.Module, kind: LayerKind) -> Factored:
         """Return the two plain layers of the final rank: those that were trained, or the kept part of them."""
-        if not self.ramped:
-            return self.factors
-        kept = self.get_buffer("kept_components").nonzero().flatten()
-        plain = kind.factor(module, len(kept))
-        plain.assign(self.factors.left[:, :, kept], self.factors.right[:, kept])
-        plain[1].bias = self.factors[1].bias
-        return plain.train(self.factors.training)
+        plain = self.factors
+        if self.ramped:
+            kept = self.get_buffer("kept_components").nonzero().flatten()
+            plain = kind.factor(module, len(kept)).train(self.factors.training)
+            plain.assign(self.factors.left[:, :, kept], self.factors.right[:, kept])
+        plain.borrow_bias(getattr(module, "bias", None))
+        return plain
 
     def change_rank(self, rank: int) -> None:
         """Make factors of another rank, without values; their parameters keep their identity."""
-        before = dict(self.factors.named_parameters())
+        before, bias = dict(self.factors.named_parameters()), self.factors.bias
         self.factors = self._make_factors(rank).train(self.factors.training)
-        self.factors[1].register_parameter("bias", before.get("1.bias"))
+        self.factors.borrow_bias(bias)
         self._compress_factors()
         for name, parameter in list(self.factors.named_parameters()):
             owner, _, leaf = name.rpartition(".")

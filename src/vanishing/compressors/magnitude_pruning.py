@@ -75,7 +75,7 @@ class MagnitudePruning(WeightCompressor):
         return MaskedWeight(self, layer)
 
     def update(self, forms: Sequence[CompressedWeight], weights: Sequence[Tensor], moment: Moment) -> None:
-        if moment.settled and self.freeze and not moment.arriving:
+        if self.freeze and moment.settled and moment.was_settled:
             return
         masked = cast(Sequence[MaskedWeight], forms)
         if isinstance(self.granularity, Global):

@@ -63,15 +63,7 @@ class Quantization(ProjectionCompressor):
     def inside(self, matrix: Tensor, strength: float) -> Tensor | None:
         if self.gradient is not Gradient.CLIPPED:
             return None
-        bits = annealed(self.bits, strength)
-        if bits == 0 or bits == 1:
-            return within_scale(matrix, self.granularity) if bits else None
-        blocks = to_blocks(matrix, self.granularity)
-        scale, zero_point = affine(blocks, bits, self.granularity, self.symmetric)
-        codes = (blocks / scale).round_()
-        low, high = code_range(bits, zero_point is None)
-        codes = codes if zero_point is None else codes.add_(zero_point)
-        return from_blocks((codes >= low) & (codes <= high), matrix)
+        return within_range(matrix, annealed(self.bits, strength), self.granularity, self.symmetric)
 
     def grid(self, matrix: Tensor, layout: Layout) -> Grid:
         blocks = to_blocks(matrix, self.granularity)
@@ -146,6 +138,20 @@ def mean_magnitude(matrix: Tensor, blocks: Tensor, granularity: Granularity) -> 
 def binary_scale(matrix: Tensor, blocks: Tensor, granularity: Granularity) -> Tensor:
     """Return the scale of a binary weight as it is stored."""
     return stored_scale(mean_magnitude(matrix, blocks, granularity), granularity)
+
+
+def within_range(matrix: Tensor, bits: int, granularity: Granularity, symmetric: bool) -> Tensor | None:
+    """Return where `quantize` rounds a weight and does not clip it; None where it does nothing (0 bits)."""
+    if bits == 0:
+        return None
+    if bits == 1:
+        return within_scale(matrix, granularity)
+    blocks = to_blocks(matrix, granularity)
+    scale, zero_point = affine(blocks, bits, granularity, symmetric)
+    codes = (blocks / scale).round_()
+    low, high = code_range(bits, zero_point is None)
+    codes = codes if zero_point is None else codes.add_(zero_point)
+    return from_blocks((codes >= low) & (codes <= high), matrix)
 
 
 def within_scale(matrix: Tensor, granularity: Granularity) -> Tensor:

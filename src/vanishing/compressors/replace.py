@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vanishing.compressors.base import BlockCompressor
 from vanishing.errors import ConfigError
@@ -99,7 +100,22 @@ def build_replacement(factory: Factory, block: nn.Module, name: str) -> nn.Modul
     if not isinstance(module, nn.Module) or module is block:
         got = "the block itself" if module is block else type(module).__name__
         raise ConfigError(f"the factory {name!r} must return a new nn.Module for a block, got {got}.")
+    _adapt(module, block)
+    return module
+
+
+@torch.no_grad()
+def _adapt(module: nn.Module, block: nn.Module) -> None:
+    """Bring a replacement to the block's device, type and mode, but for those parts that it has from the block."""
     like = next((p for p in block.parameters() if p.is_floating_point()), None)
-    if like is not None:
-        module = module.to(device=like.device, dtype=like.dtype)
-    return module.train(block.training)
+    kept, held = set(block.modules()), {id(t) for t in (*block.parameters(), *block.buffers())}
+
+    def convert(tensor: Tensor) -> Tensor:
+        if like is None or id(tensor) in held:
+            return tensor
+        return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+
+    for part in module.modules():
+        if part not in kept:
+            part._apply(convert, recurse=False)
+            part.training = block.training

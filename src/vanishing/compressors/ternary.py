@@ -15,6 +15,7 @@ from vanishing.compressors.quantization import (
     make_grid,
     mean_magnitude,
     quantize,
+    within_range,
     within_scale,
 )
 from vanishing.granularity import PerChannel, PerGroup, PerTensor
@@ -58,7 +59,11 @@ class Ternary(ProjectionCompressor):
         return from_blocks(torch.copysign(scale, blocks).mul_(kept), matrix)
 
     def inside(self, matrix: Tensor, strength: float) -> Tensor | None:
-        return within_scale(matrix, self.granularity) if self.gradient is Gradient.CLIPPED else None
+        if self.gradient is not Gradient.CLIPPED:
+            return None
+        if strength < 1.0:
+            return within_range(matrix, annealed(2, strength), self.granularity, symmetric=True)
+        return within_scale(matrix, self.granularity)
 
     def grid(self, matrix: Tensor, layout: Layout) -> Grid:
         _, scale = self._kept_and_scale(matrix, to_blocks(matrix, self.granularity))

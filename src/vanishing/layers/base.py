@@ -126,6 +126,19 @@ class Factored(nn.Sequential):
             return second.weight, first.weight
         return self.left[0], self.right[0]
 
+    def borrow_bias(self, bias: Tensor | None) -> None:
+        """Use the bias of another layer, without holding it: it is not among the parameters, nor in the state."""
+        second: Any = self._modules["1"]
+        if bias is not None and second.__dict__.get("bias") is not bias:
+            second._parameters.pop("bias", None)
+            second.__dict__["bias"] = bias
+
+    def keep_bias(self, bias: nn.Parameter | None) -> None:
+        """Hold the bias as a parameter."""
+        if bias is not None:
+            self[1].__dict__.pop("bias", None)
+            self[1].register_parameter("bias", bias)
+
     @torch.no_grad()
     def assign(self, left: Tensor, right: Tensor) -> None:
         """Set the values of the factors, of the shapes of `left` and `right`."""
