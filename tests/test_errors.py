@@ -184,7 +184,7 @@ def test_a_rule_shadowed_by_an_earlier_one() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_rule_for_what_is_inside_of_a_replaced_block(order: int) -> None:
-    both = {"encoder.0": Replace(lambda block: nn.Linear(256, 256)), "encoder.0.fc1": Binary()}
+    both = {"encoder.0": Replace(lambda block: nn.Linear(256, 256), name="factory 1"), "encoder.0.fc1": Binary()}
     refused(
         Encoder(),
         rules(dict(list(both.items())[::order])),
@@ -408,7 +408,11 @@ def test_a_block_whose_weight_a_hook_computes() -> None:
 
 @pytest.mark.parametrize(
     "first, where",
-    [(Binary(), "'0', '2'"), (LowRank(rank=2), "'0', '2'"), (Rule(Replace(lambda b: nn.Linear(8, 16))), "'0'")],
+    [
+        (Binary(), "'0', '2'"),
+        (LowRank(rank=2), "'0', '2'"),
+        (Rule(Replace(lambda b: nn.Linear(8, 16), name="factory 2")), "'0'"),
+    ],
     ids=["weights", "factors", "block"],
 )
 @pytest.mark.parametrize("second", [Binary(), LowRank(rank=2), Replace(nn.Identity)], ids=technique)
@@ -525,8 +529,8 @@ def test_every_error_of_a_user_is_one_of_ours_and_a_value_error() -> None:
     "recipe, count, where",
     [
         (rules({"*": LowRank(rank=2)}), 2, "'0'"),
-        (rules({"2": Replace(lambda block: nn.Linear(16, 4))}), 2, "'2'"),
-        (rules({"1": Replace(lambda block: nn.PReLU())}), 1, "'1'"),
+        (rules({"2": Replace(lambda block: nn.Linear(16, 4), name="factory 3")}), 2, "'2'"),
+        (rules({"1": Replace(lambda block: nn.PReLU(), name="factory 4")}), 1, "'1'"),
     ],
     ids=["factors", "block", "block without parameters"],
 )
@@ -589,7 +593,10 @@ def test_optimizers_of_other_models_are_no_concern() -> None:
 
 @pytest.mark.parametrize(
     "recipe, where",
-    [(rules({"*": LowRank(rank=2)}), "'0'"), (rules({"0": Replace(lambda b: nn.Linear(8, 16)), "2": Binary()}), "'0'")],
+    [
+        (rules({"*": LowRank(rank=2)}), "'0'"),
+        (rules({"0": Replace(lambda b: nn.Linear(8, 16), name="factory 5"), "2": Binary()}), "'0'"),
+    ],
     ids=["factors", "block"],
 )
 def test_an_optimizer_that_does_not_hold_the_weights(recipe: Recipe, where: str) -> None:
@@ -652,7 +659,11 @@ def test_a_factory_that_makes_no_module_is_one_problem_among_all() -> None:
 
 def test_random_numbers_that_a_factory_drew_are_given_back_on_refusal() -> None:
     model = nn.Sequential(mlp(), mlp())
-    refused(model, rules({"0": Replace(lambda block: mlp()), "1": Replace(nothing_of)}), "'1' cannot be replaced")
+    refused(
+        model,
+        rules({"0": Replace(lambda block: mlp(), name="factory 6"), "1": Replace(nothing_of)}),
+        "'1' cannot be replaced",
+    )
 
 
 def test_a_factory_that_fails_says_so_itself_and_nothing_changes() -> None:
@@ -660,7 +671,7 @@ def test_a_factory_that_fails_says_so_itself_and_nothing_changes() -> None:
         torch.rand(1)
         raise KeyError("num_heads")
 
-    refused(nn.Sequential(mlp()), rules({"0": Replace(broken)}), "num_heads", error=KeyError)
+    refused(nn.Sequential(mlp()), rules({"0": Replace(broken, name="broken")}), "num_heads", error=KeyError)
 
 
 @pytest.mark.parametrize(
@@ -685,7 +696,7 @@ def test_outputs_that_differ_are_seen_with_example_inputs(replacement: nn.Module
 
 def test_outputs_that_differ_are_seen_at_the_first_step_otherwise() -> None:
     model = mlp()
-    transition = vanishing.prepare(model, rules({"0": Replace(lambda block: nn.Linear(8, 5))}))
+    transition = vanishing.prepare(model, rules({"0": Replace(lambda block: nn.Linear(8, 5), name="factory 7")}))
     with pytest.raises(TransitionError, match=re.escape("0(...) is shape (5, 16) from the original")):
         train(model, transition, 2)
     transition.cancel()
@@ -707,7 +718,7 @@ class ReadsWidth(nn.Module):
 def test_an_attribute_that_the_replacement_lacks_is_seen_with_example_inputs() -> None:
     refused(
         ReadsWidth(),
-        rules({"block": Replace(lambda block: nn.Linear(8, 16))}),
+        rules({"block": Replace(lambda block: nn.Linear(8, 16), name="factory 8")}),
         "'Linear', the replacement of 'HasWidth', has no attribute 'width'. If the model reads it, set it in the",
         error=AttributeError,
         example_inputs=batch(),

@@ -356,7 +356,7 @@ def test_a_replacement_may_keep_parts_of_the_block_and_the_block_itself() -> Non
     model = mlp()
     first = model[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    recipe = Recipe({"0": Replace(Adapter)}, schedule=LinearSchedule(steps=2))
+    recipe = Recipe({"0": Replace(Adapter, name="adapter")}, schedule=LinearSchedule(steps=2))
     transition = vanishing.prepare(model, recipe, optimizer=optimizer, example_inputs=batch())
     assert len(optimizer.param_groups[0]["params"]) == 6
     train(model, transition, 2, optimizer)

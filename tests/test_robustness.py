@@ -297,3 +297,104 @@ def test_a_quantizer_that_does_nothing_yet_clips_no_gradient(compressor: vanishi
     first(model).weight.sum().backward()
     gradient = model.get_parameter("0.parametrizations.weight.original").grad
     assert gradient is not None and bool((gradient == 1).all())
+
+
+def test_a_batch_that_does_not_fit_is_seen_before_anything_is_finished() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    transition = vanishing.prepare(model, MagnitudePruning(0.5), steps=2, ignore=["1"])
+    transition.seek(2)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        transition.finish(recalibrate=[torch.randn(5, 3)])
+    transition.finish(recalibrate=[batch()])
+
+
+# Parts of a model
+
+
+def test_what_was_done_to_a_part_is_saved_with_the_whole(tmp_path: Any) -> None:
+    def whole() -> nn.ModuleDict:
+        return nn.ModuleDict({"body": mlp(), "head": nn.Linear(4, 2)})
+
+    model = whole()
+    vanishing.prepare(model["body"], Quantization(bits=4), steps=1).finish(force=True)
+    vanishing.prepare(model, Recipe({"head": Binary()}, schedule=StepSchedule(at=0))).finish()
+    vanishing.prepare(model["body"][2], MagnitudePruning(0.5), steps=1).finish(force=True)
+    techniques = {row.name: row.technique for row in vanishing.summary(model).rows}
+    assert techniques == {
+        "body.0": repr(Quantization(bits=4)),
+        "body.2": repr(MagnitudePruning(0.5)),
+        "head": repr(Binary()),
+    }
+    vanishing.save(model, tmp_path / "small")
+    loaded = vanishing.load(tmp_path / "small", whole())
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    again = {row.name: row.technique for row in vanishing.summary(loaded).rows}
+    assert again == techniques
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapped_model_is_not_saved_under_the_wrappers_names(wrap: Any, tmp_path: Any) -> None:
+    with pytest.raises(TypeError, match=r"save: the model is wrapped in .* Give the model inside: model"):
+        vanishing.save(wrap(mlp()), tmp_path / "small")
+
+
+def test_a_second_technique_on_factors_is_in_the_summary_as_in_the_file(tmp_path: Any) -> None:
+    model = nn.Sequential(nn.Linear(256, 256))
+    vanishing.prepare(model, Recipe({"0": LowRank(rank=16)}, schedule=StepSchedule(at=0))).finish()
+    vanishing.prepare(model, Quantization(bits=4), steps=1).finish(force=True)
+    (row,) = vanishing.summary(model).rows
+    assert row.technique == f"{LowRank(rank=16)!r}, then {Quantization(bits=4)!r}"
+    vanishing.save(model, tmp_path / "small")
+    weights = (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert weights - 2_000 < row.after.bytes <= weights
+    assert row.after.bytes < 0.2 * sum(p.nbytes for p in model.parameters())
+
+
+# Names and patterns
+
+
+def test_two_factories_of_one_name_are_a_problem() -> None:
+    rules = {
+        "0": Replace(lambda old: nn.Linear(8, 16), name="new"),
+        "2": Replace(lambda old: nn.Identity(), name="new"),
+    }
+    with pytest.raises(vanishing.RecipeError, match="two different factories are called 'new'"):
+        vanishing.prepare(mlp(), Recipe(rules, schedule=StepSchedule(at=0)))
+
+
+def test_a_factory_without_a_name_of_its_own_needs_one() -> None:
+    def inner(block: nn.Module) -> nn.Module:
+        return block
+
+    for factory in (inner, lambda block: block):
+        with pytest.raises(vanishing.ConfigError, match=r"has no name of its own for the file. Give one with name="):
+            Replace(factory)
+
+
+def test_an_error_in_a_factory_names_it() -> None:
+    def broken(block: nn.Module) -> nn.Module:
+        raise KeyError("width")
+
+    recipe = Recipe({"0": Replace(broken, name="broken")}, schedule=StepSchedule(at=0))
+    with pytest.raises(KeyError) as caught:
+        vanishing.prepare(mlp(), recipe)
+    assert caught.value.__notes__ == ["This happened in the factory 'broken', called with a Linear."]
+
+
+def test_an_ignored_name_that_matches_nothing_is_a_problem() -> None:
+    model = nn.ModuleDict({"encoder": nn.Linear(4, 4), "classifier": nn.Linear(4, 2)})
+    with pytest.raises(vanishing.RecipeError, match=r"ignore: nothing matched 'clasifier'.* 'classifier'"):
+        vanishing.prepare(model, MagnitudePruning(0.5), steps=3, ignore=["clasifier"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rules: [{match: 0, compressor: {kind: binary}}]",
+        "rules: [{match: '*', compressor: {kind: binary}}]\nignore: [4]",
+    ],
+)
+def test_a_number_where_a_name_is_meant(text: str) -> None:
+    with pytest.raises(vanishing.ConfigError, match="Put it in quotes"):
+        Recipe.from_yaml(f"{text}\nschedule: {{kind: step_schedule, at: 0}}")

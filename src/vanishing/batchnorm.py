@@ -36,10 +36,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
             norm.train()
         try:
             for batch in batches:
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                else:
-                    model(batch if isinstance(batch, Tensor) else batch[0])
+                _run(model, batch)
         except BaseException:
             for buffer, value in statistics.items():
                 buffer.copy_(value)
@@ -47,6 +44,20 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         finally:
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
+
+
+@torch.no_grad()
+def tried_out(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+    """Return the same batches, of which the first one was given to the model, in evaluation mode.
+
+    Raises:
+        TransitionError: there is none.
+    """
+    batches = at_least_one(batches)
+    first = next(batches)
+    with evaluation(model):
+        _run(model, first)
+    return itertools.chain([first], batches)
 
 
 def at_least_one(batches: Iterable[Any]) -> Iterator[Any]:
@@ -59,3 +70,10 @@ def at_least_one(batches: Iterable[Any]) -> Iterator[Any]:
     for first in iterator:
         return itertools.chain([first], iterator)
     raise TransitionError("recalibrate: at least one batch is needed to estimate BatchNorm's statistics, got none.")
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    else:
+        model(batch if isinstance(batch, Tensor) else batch[0])

@@ -14,8 +14,8 @@ from vanishing.compressors import BlockCompressor
 from vanishing.encodings import dtype_name
 from vanishing.errors import ConfigError, FileError
 from vanishing.layers import factor
-from vanishing.manifest import DType, LayerEntry, Manifest, join
-from vanishing.places import Places, is_below
+from vanishing.manifest import DType, LayerEntry, Manifest
+from vanishing.places import Places, is_below, join
 
 _BUILD = "Build the original architecture, with the settings that it had when it was compressed."
 _TYPES = get_args(DType)
@@ -98,7 +98,8 @@ def _rebuilt(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module
     if entry.rank is None:
         return BlockCompressor.from_dict(entry.compressor).build(module)
     first = manifest.entry(join(name, "0.weight"))
-    if first is None or entry.rank > max(first.shape, default=0):
+    largest = max((size for p in module.parameters(recurse=False) for size in p.shape), default=0)
+    if first is None or entry.rank > min(max(first.shape, default=0), largest):
         raise ValueError(f"the file holds no factors of rank {entry.rank}. Save the model again.")
     return factor(module, entry.rank).train(module.training)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import os
 import shutil
 import stat
@@ -15,6 +17,8 @@ from safetensors import SafetensorError
 
 from vanishing.errors import FileError
 from vanishing.manifest import MANIFEST, WEIGHTS
+
+logger = logging.getLogger(__name__)
 
 
 def replace_folder(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -43,9 +47,9 @@ def replace_folder(path: str | os.PathLike[str], write: Callable[[Path], None]) 
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise FileError(
-            f"{path} could not be written: {error}. What was there is unchanged; free some space or give another path."
-        ) from error
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, None)
+        remedy = "free some space or give another path" if full else "give another path, such as a new folder inside"
+        raise FileError(f"{path} could not be written: {error}. What was there is unchanged; {remedy}.") from error
 
 
 def _foreign_names(target: Path) -> set[str]:
@@ -59,10 +63,11 @@ def _foreign_names(target: Path) -> set[str]:
     names = set(os.listdir(target))
     if names and MANIFEST not in names:
         raise FileError(f"{target} holds files and no saved model. Give a new or an empty folder.")
-    return names - {MANIFEST, WEIGHTS} - _listed_names(target / MANIFEST)
+    return names - {MANIFEST, WEIGHTS} - listed_names(target / MANIFEST)
 
 
-def _listed_names(manifest: Path) -> set[str]:
+def listed_names(manifest: Path) -> set[str]:
+    """Return the names of the files that a saved model's manifest lists, none if it cannot be read."""
     # The model that is replaced may well be damaged, and that is no reason to keep it.
     with contextlib.suppress(OSError, ValueError, RecursionError):
         data = json.loads(manifest.read_bytes())
@@ -93,11 +98,15 @@ def _swap(fresh: Path, target: Path, foreign: set[str]) -> None:
     fresh.chmod(stat.S_IMODE(target.stat().st_mode))
     old = target.with_name(f".{uuid4().hex}.vanishing")
     target.rename(old)
+    moved: list[str] = []
     try:
+        for name in foreign:
+            (old / name).rename(fresh / name)
+            moved.append(name)
         fresh.rename(target)
     except BaseException:
+        for name in moved:
+            (fresh / name).rename(old / name)
         old.rename(target)
         raise
-    for name in foreign:
-        (old / name).rename(target / name)
-    shutil.rmtree(old)
+    shutil.rmtree(old, onerror=lambda *_: logger.warning("%s, the model that was replaced, could not be removed.", old))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from vanishing.errors import FileError
-from vanishing.manifest import Manifest
+from vanishing.folder import listed_names
+from vanishing.manifest import MANIFEST, Manifest
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_FILES = (
@@ -29,6 +30,12 @@ TOKENIZER_FILES = (
 _MOST_CONFIG_BYTES = 16 * 2**20
 _LOADS_CODE = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Settings that can name a kernel on a hub, whose code would then be fetched and run."""
+_FETCHES = ("backbone", "use_pretrained_backbone", "use_timm_backbone", "checkpoint_path", "pretrained_cfg")
+"""Settings that can name weights elsewhere, which would then be fetched and read."""
+_FETCHING_TYPES = ("timm_wrapper", "timm_backbone")
+"""Model types that hand any name on to another library, which fetches it."""
+_NO_SIZES = ("theta",)
+"""Endings of settings that are large and size nothing."""
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -56,7 +63,11 @@ def write_companions(model: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
         return
     origin = Path(model.name_or_path or model.config.name_or_path or "")
-    for name in TOKENIZER_FILES if origin.parts else ():
+    known: tuple[str, ...] = TOKENIZER_FILES if origin.parts else ()
+    if (origin / MANIFEST).exists():
+        # What lies beside a saved model and is not a part of it was never checked.
+        known = tuple(name for name in known if name in listed_names(origin / MANIFEST))
+    for name in known:
         if (origin / name).is_file():
             shutil.copyfile(origin / name, folder / name)
 
@@ -156,8 +167,16 @@ class PretrainedFolder:
                 raise FileError(
                     f"{self._folder / CONFIG} sets {key!r}, which a file may not. Remove it and save again."
                 )
-            if isinstance(value, int) and abs(value) > most:
-                raise FileError(f"{self._folder / CONFIG}: {key} = {value} is far beyond the weights in the file.")
+            if (key in _FETCHES and value) or (key == "model_type" and value in _FETCHING_TYPES):
+                raise FileError(
+                    f"{self._folder / CONFIG} has {key} = {value!r}, by which a part of the model would be fetched "
+                    "from elsewhere. Build the model yourself and call vanishing.load(path, model)."
+                )
+            if isinstance(value, int) and abs(value) > most and not key.endswith(_NO_SIZES):
+                raise FileError(
+                    f"{self._folder / CONFIG}: {key} = {value} is far beyond the weights in the file. If it is meant, "
+                    "build the model yourself and call vanishing.load(path, model)."
+                )
         return data
 
     def _find_type(self) -> Any:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vanishing.errors import FileError
+from vanishing.places import join
 
 MANIFEST, WEIGHTS = "vanishing.json", "model.safetensors"
 FORMAT_VERSION = 1
@@ -177,11 +178,6 @@ class Manifest(_Strict):
         for name, entry in top["tensors"].items():
             top["tensors"][name] = {"encoding": self.tensors[name].encoding} | entry
         return top
-
-
-def join(module: str, name: str) -> str:
-    """Return the full name of a parameter of a module; the root module has no name."""
-    return f"{module}.{name}" if module else name
 
 
 def seal(data: dict[str, Any]) -> str:

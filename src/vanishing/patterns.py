@@ -65,7 +65,7 @@ class Regex(Pattern):
     def check(self) -> None:
         try:
             re.compile(self.pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(f"Regex(pattern={self.pattern!r}) is not a regular expression: {error}.") from None
 
     def matches(self, name: str, module: nn.Module) -> bool:
@@ -183,4 +183,6 @@ def pattern_to_plain(pattern: Pattern) -> Any:
 
 def pattern_from_plain(data: Any) -> Pattern:
     """Return the pattern that `pattern_to_plain` wrote."""
+    if isinstance(data, (int, float)):
+        raise ConfigError(f"a pattern is a text, got the number {data!r}. Put it in quotes, as in '{data}'.")
     return Glob(data) if isinstance(data, str) else Pattern.from_dict(data)

@@ -38,6 +38,11 @@ class Places:
                     self._places[id(child)].append((parent, name))
 
 
+def join(module: str, name: str) -> str:
+    """Return the full name of a parameter, or a module, of a module; the root module has no name."""
+    return f"{module}.{name}" if module and name else module or name
+
+
 def is_below(name: str, module: str) -> bool:
     """Whether a name is that of a module or of something in it."""
     return not module or name == module or name.startswith(f"{module}.")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vanishing.blend import BlendedBlock, blended_weights
-from vanishing.compressors import BlockCompressor, Compressor, LayerView, WeightCompressor
+from vanishing.compressors import BlockCompressor, Compressor, LayerView, Replace, WeightCompressor
 from vanishing.errors import RecipeError
 from vanishing.layers import Factored, LayerKind, find_kind
 from vanishing.patterns import Glob, Pattern
@@ -22,7 +20,8 @@ from vanishing.places import is_below
 from vanishing.receipt import read_receipt
 from vanishing.recipe import Recipe, Rule
 from vanishing.suitability import block_problem, replacement_problem, weight_problem
-from vanishing.tally import Tally, rule_problem
+from vanishing.tally import Tally, nearest_names, rule_problem
+from vanishing.text import as_text
 
 _UNCALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -114,12 +113,7 @@ class Plan:
         table = Table(*(Column(title, overflow="fold") for title in titles))
         for row in self.rows:
             table.add_row(*map(escape, (row.name or "(the model)", row.module, row.outcome, row.detail)))
-        console = Console(file=io.StringIO(), width=140, color_system=None, force_terminal=False)
-        console.print(table)
-        for problem in self.problems:
-            console.print(f"problem: {problem}", markup=False, highlight=False)
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return text
+        return as_text(table, *(escape(f"problem: {problem}") for problem in self.problems), width=140)
 
 
 @dataclass(frozen=True)
@@ -180,6 +174,7 @@ class _Planner:
                 f"the model is in a transition already, at {named}{more}. Finish or cancel that one first."
             )
             return self.plan
+        self._check_factories()
         for candidate in self.candidates:
             self._place(candidate)
         for uses in self.selected.values():
@@ -187,11 +182,27 @@ class _Planner:
         order = {candidate.name: number for number, candidate in enumerate(self.candidates)}
         self.plan.rows.sort(key=lambda row: order[row.name])
         modules = [(name, candidate.module) for candidate in self.candidates for name in candidate.names]
+        self.plan.problems += [
+            f"ignore: nothing matched {pattern.text}.{nearest_names(pattern, modules)} Correct it, or leave it out."
+            for pattern in self.recipe.ignore
+            if not any(candidate.matched_by(pattern) for candidate in self.candidates)
+        ]
         for (pattern, rule), tally in zip(self.recipe.rules, self.tallies, strict=True):
             problem = rule_problem(pattern, rule, tally, modules)
             if problem:
                 self.plan.problems.append(problem)
         return self.plan
+
+    def _check_factories(self) -> None:
+        """Report a name that stands for two factories: a file holds names only."""
+        known: dict[str, object] = {}
+        techniques = [rule.compressor for _, rule in self.recipe.rules]
+        for each in [*techniques, *(layer.compressor for layer in self.finished.values())]:
+            if isinstance(each, Replace) and known.setdefault(str(each.name), each.factory) != each.factory:
+                self.plan.problems.append(
+                    f"two different factories are called {each.name!r}, and a file could not tell them apart. Give one "
+                    f"of them another name=."
+                )
 
     def _row(self, candidate: _Candidate, outcome: str, detail: str) -> None:
         self.plan.rows.append(PlanRow(candidate.name, candidate.describe(), outcome, detail))

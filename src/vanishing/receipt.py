@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from vanishing.layers.base import Layout
+from vanishing.places import join
 
 if TYPE_CHECKING:
     from vanishing.compressors.base import Compressor
@@ -74,6 +75,8 @@ def extend_receipt(model: nn.Module, receipt: Receipt) -> None:
     """Leave a receipt on a model that may have been finished before; what is said of other layers stays."""
     earlier = read_receipt(model)
     known = {} if earlier is None else earlier.layers
+    for module in model.modules():
+        module.__dict__.pop(_ATTRIBUTE, None)
     replaced = [name for name, layer in receipt.layers.items() if layer.structure == "replaced"]
     layers = {name: layer for name, layer in known.items() if not any(name.startswith(f"{b}.") for b in replaced)}
     for name, layer in receipt.layers.items():
@@ -86,6 +89,13 @@ def extend_receipt(model: nn.Module, receipt: Receipt) -> None:
 
 
 def read_receipt(model: nn.Module) -> Receipt | None:
-    """Return the receipt of a finished or loaded model, None for any other model."""
-    receipt = getattr(model, _ATTRIBUTE, None)
-    return receipt if isinstance(receipt, Receipt) else None
+    """Return the receipt of a finished or loaded model, None for any other model.
+
+    What was said of a part of it, which had a transition of its own, is in it as well.
+    """
+    found = {name: module.__dict__[_ATTRIBUTE] for name, module in model.named_modules() if _ATTRIBUTE in vars(module)}
+    if not found:
+        return None
+    # A part that was finished before the whole has none left, so what it says is newer.
+    layers = {join(part, name): layer for part, receipt in found.items() for name, layer in receipt.layers.items()}
+    return Receipt(found[""].recipe if "" in found else None, layers)

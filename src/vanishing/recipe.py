@@ -191,7 +191,7 @@ class Recipe:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"the recipe is not valid JSON: {error}.") from None
         return cls.from_dict(data)
 

@@ -8,7 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,18 +28,18 @@ from vanishing.manifest import (
     Manifest,
     PackedTensor,
     TensorEntry,
-    join,
     read_manifest,
     seal,
     write_manifest,
 )
-from vanishing.places import is_below
+from vanishing.places import is_below, join
 from vanishing.receipt import FinishedLayer, Grid, Receipt, attach_receipt, read_receipt
 from vanishing.recipe import Recipe
 from vanishing.stored import SEAL, StoredWeights, check_files, file_entry
 
 logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+"""PyTorch's wrappers, for compilation and for several devices, and where the model is in them."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
@@ -57,6 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = Non
 
     Raises:
         TransitionError: the model is still in transition.
+        TypeError: the model is wrapped for compilation or several devices.
         FileError: the folder holds something else or cannot be written (it is as it was before), or the model holds
             something that is no plain tensor.
 
@@ -65,6 +66,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = Non
     ...     save(nn.Linear(2, 2), f"{folder}/small")
     ...     loaded = load(f"{folder}/small", nn.Linear(2, 2))
     """
+    inner = _WRAPPERS.get(type(model).__name__) if type(model).__module__.startswith("torch.") else None
+    if inner is not None:
+        raise TypeError(f"save: the model is wrapped in {type(model).__name__}. Give the model inside: model.{inner}.")
     for name, module in model.named_modules():
         if isinstance(module, (BlendedWeight, BlendedBlock)):
             layer = name.removesuffix(".0").removesuffix(".weight").removesuffix(".parametrizations")
@@ -122,9 +126,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             )
         with rebuild(folder, manifest, model) as root:
             fit = Fit(folder, manifest, root, weights.values())
-            grids = weights.grids()
+            receipt = _receipt(folder, manifest, weights.grids())
     fit.assign()
-    _attach(folder, manifest, root, grids)
+    if receipt is not None:
+        attach_receipt(root, receipt)
     return root
 
 
@@ -200,8 +205,8 @@ def _in_memory_of_their_own(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _attach(folder: Path, manifest: Manifest, model: nn.Module, grids: Mapping[str, dict[str, Grid]]) -> None:
-    """Leave the receipt on a loaded model, without what this process does not know."""
+def _receipt(folder: Path, manifest: Manifest, grids: Mapping[str, dict[str, Grid]]) -> Receipt | None:
+    """Return the receipt of a loaded model, without what this process does not know."""
     compressors = {
         name: _known(folder, f"the technique of {name!r}", Compressor.from_dict, entry.compressor)
         for name, entry in manifest.modules.items()
@@ -219,8 +224,7 @@ def _attach(folder: Path, manifest: Manifest, model: nn.Module, grids: Mapping[s
         if compressor is not None
     }
     recipe = None if manifest.recipe is None else _known(folder, "the recipe", Recipe.from_dict, manifest.recipe)
-    if layers or recipe is not None:
-        attach_receipt(model, Receipt(recipe=recipe, layers=layers))
+    return Receipt(recipe=recipe, layers=layers) if layers or recipe is not None else None
 
 
 def _known(folder: Path, what: str, read: Callable[[Any], Any], data: Any) -> Any:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vanishing.encodings import checksum, decode, parts_problem, read_grid, suffixes
 from vanishing.errors import FileError
-from vanishing.manifest import SAVE_AGAIN, WEIGHTS, FileEntry, Manifest, PackedTensor, TensorEntry, join
+from vanishing.manifest import SAVE_AGAIN, WEIGHTS, FileEntry, Manifest, PackedTensor, TensorEntry
+from vanishing.places import join
 from vanishing.receipt import Grid
 
 SEAL = "vanishing"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -18,7 +17,9 @@ from vanishing.blend import BlendedBlock, blended_weights
 from vanishing.encodings import encode
 from vanishing.inputs import call
 from vanishing.layers import Factored, LayerKind, find_kind
+from vanishing.places import is_below, join
 from vanishing.receipt import FinishedLayer, Grid, read_receipt
+from vanishing.text import as_text
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,9 @@ class Summary:
             table.add_column(field.name.replace("_", "-"), footer, justify="right")
         for row in self.rows:
             sizes = zip(dataclasses.astuple(row.before), dataclasses.astuple(row.after), strict=True)
-            table.add_row(row.name, row.layer, row.technique, *(_change(a, b) for a, b in sizes))
-        console = Console(file=io.StringIO(), width=200)
-        console.print(table)
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return text
+            names = (escape(text) for text in (row.name, row.layer, row.technique))
+            table.add_row(*names, *(_change(a, b) for a, b in sizes))
+        return as_text(table, width=200)
 
 
 def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
@@ -123,7 +122,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         raise ValueError(f"summary: {type(model).__name__} has no parameters to sum up.")
     passes = _count_passes(model, [module for _, module in layers], example_inputs)
     seen: set[int] = set()
-    rows = (_row(name, module, finished.get(name), passes[module], seen) for name, module in layers)
+    rows = (_row(name, module, finished, passes[module], seen) for name, module in layers)
     return Summary(tuple(rows))
 
 
@@ -133,24 +132,36 @@ def _layers(model: nn.Module, finished: dict[str, FinishedLayer]) -> Iterator[tu
     for name, module in model.named_modules():
         if any(name.startswith(f"{prefix}.") for prefix in whole):
             continue
-        replaced = name in finished and finished[name].structure == "replaced"
-        if isinstance(module, (Factored, BlendedBlock)) or parametrize.is_parametrized(module) or replaced:
+        if _is_whole(module, finished.get(name)):
             whole.append(name)
             yield name, module
         elif any(True for _ in module.parameters(recurse=False)):
             yield name, module
 
 
-def _row(name: str, module: nn.Module, finished: FinishedLayer | None, passes: Passes, seen: set[int]) -> SummaryRow:
-    after = [(t, g) for t, g, identity in _final_tensors(module, finished) if _is_new(identity, seen)]
+def _is_whole(module: nn.Module, finished: FinishedLayer | None) -> bool:
+    """Whether one row stands for a module with all that is in it."""
+    replaced = finished is not None and finished.structure == "replaced"
+    return isinstance(module, (Factored, BlendedBlock)) or parametrize.is_parametrized(module) or replaced
+
+
+def _row(
+    name: str, module: nn.Module, finished: Mapping[str, FinishedLayer], passes: Passes, seen: set[int]
+) -> SummaryRow:
+    whole = _is_whole(module, finished.get(name))
+    within = {layer: done for layer, done in finished.items() if layer == name or (whole and is_below(layer, name))}
+    grids = {join(layer, parameter): grid for layer, done in within.items() for parameter, grid in done.grids.items()}
+    after = [(t, g) for t, g, identity in _final_tensors(module, whole, name, grids) if _is_new(identity, seen)]
     size = Size(
         parameters=sum(t.numel() for t, _ in after),
         nonzeros=sum(int(t.count_nonzero()) for t, _ in after),
         bytes=sum(p.nbytes for t, g in after for p in encode(t, g).parts.values()),
         multiply_accumulates=_products(module, passes),
     )
-    technique = repr(finished.compressor) if finished is not None else ""
-    return SummaryRow(name, _type_name(module), technique, _size_before(module, finished, size, passes), size)
+    # What was done to the layer itself, then to those that it is made of now.
+    techniques = dict.fromkeys(repr(within[layer].compressor) for layer in sorted(within, key=len))
+    before = _size_before(module, finished.get(name), size, passes)
+    return SummaryRow(name, _type_name(module), ", then ".join(techniques), before, size)
 
 
 def _is_new(identity: int, seen: set[int]) -> bool:
@@ -160,7 +171,9 @@ def _is_new(identity: int, seen: set[int]) -> bool:
     return True
 
 
-def _final_tensors(module: nn.Module, finished: FinishedLayer | None) -> Iterator[tuple[Tensor, Grid | None, int]]:
+def _final_tensors(
+    module: nn.Module, whole: bool, layer: str, grids: Mapping[str, Grid]
+) -> Iterator[tuple[Tensor, Grid | None, int]]:
     """The parameters that a row will have in the end, each with its grid and the identity of what it comes from."""
     if isinstance(module, BlendedBlock):
         yield from ((p.detach(), None, id(p)) for p in module.replacement.parameters())
@@ -168,13 +181,13 @@ def _final_tensors(module: nn.Module, finished: FinishedLayer | None) -> Iterato
     blends = dict(blended_weights(module))
     factors = next((b.form.factored for b in blends.values() if b.form.factored is not None), None)
     for factor in factors or ():
-        yield from _final_tensors(factor, None)
+        yield from _final_tensors(factor, True, layer, {})
     for name, blend in blends.items() if factors is None else ():
         original = module.parametrizations[name].original  # type: ignore[index,union-attr]
         yield blend.form.compress(original).detach() + 0.0, blend.form.grid(original.detach()), id(original)
-    for name, parameter in module.named_parameters():
+    for name, parameter in module.named_parameters(recurse=whole):
         if not name.startswith("parametrizations."):
-            yield parameter.detach(), None if finished is None else finished.grids.get(name), id(parameter)
+            yield parameter.detach(), grids.get(join(layer, name)), id(parameter)
 
 
 def _size_before(module: nn.Module, finished: FinishedLayer | None, after: Size, passes: Passes) -> Size:

@@ -44,7 +44,7 @@ def rule_problem(pattern: Pattern, rule: Rule, tally: Tally, modules: Iterable[t
     if tally.taken:
         return None
     if not tally.matched:
-        return f"nothing matched {pattern.text}.{_nearest(pattern, modules)} Recipe.match(model) lists all layers."
+        return f"nothing matched {pattern.text}.{nearest_names(pattern, modules)} Recipe.match(model) lists all layers."
     if not tally.refused and tally.ignored and tally.shadowed:
         return (
             f"of what {pattern.text} matched, the recipe ignores {_counted(tally.ignored)} and an earlier rule takes "
@@ -70,7 +70,7 @@ def rule_problem(pattern: Pattern, rule: Rule, tally: Tally, modules: Iterable[t
     )
 
 
-def _nearest(pattern: Pattern, modules: Iterable[tuple[str, nn.Module]]) -> str:
+def nearest_names(pattern: Pattern, modules: Iterable[tuple[str, nn.Module]]) -> str:
     """What may have been meant by a pattern that matches nothing."""
     if isinstance(pattern, OfType):
         types = {type(module).__name__: type_name(type(module)) for _, module in modules}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vanishing.batchnorm import at_least_one, reestimate_batchnorm
+from vanishing.batchnorm import reestimate_batchnorm, tried_out
 from vanishing.compressors import Compressor, Moment, WeightCompressor
 from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import TransitionError
@@ -233,7 +233,8 @@ class Transition:
                 f"finish: {self.end - self._step} of {self.end} optimizer steps remain until the compressed form "
                 f"stands alone. Train on, or call finish(force=True) to cut them off."
             )
-        batches = None if recalibrate is None else at_least_one(recalibrate)
+        with self._overridden(0.0):
+            batches = None if recalibrate is None else tried_out(self.model, recalibrate)
         if not self.done:
             self._move(self.end)
         with self._overridden(0.0):

@@ -30,7 +30,8 @@ class Replace(BlockCompressor):
         name: what files call the factory; its module and qualified name if not given.
 
     Raises:
-        ConfigError: the factory cannot be called, or has no name of its own and none was given.
+        ConfigError: the factory cannot be called, or has no name of its own (as a lambda, or a function inside of
+            another) and none was given.
 
     >>> Replace(lambda block: nn.Identity(), name="nothing").to_dict()
     {'kind': 'replace', 'factory': 'nothing'}
@@ -46,9 +47,10 @@ class Replace(BlockCompressor):
     def check(self) -> None:
         if self.name is None:
             qualified = getattr(self.factory, "__qualname__", None)
-            if qualified is None:
+            if qualified is None or "<" in qualified:
                 raise ConfigError(
-                    f"Replace(factory={self.factory!r}): the factory has no name for the file. Give one with name=."
+                    f"Replace(factory={self.factory!r}): the factory has no name of its own for the file. Give "
+                    f"one with name=."
                 )
             object.__setattr__(self, "name", f"{self.factory.__module__}:{qualified}")
         _FACTORIES[str(self.name)] = self.factory
@@ -96,7 +98,11 @@ def build_replacement(factory: Factory, block: nn.Module, name: str) -> nn.Modul
     Raises:
         ConfigError: the factory does not return a new module.
     """
-    module = factory(block)
+    try:
+        module = factory(block)
+    except Exception as error:
+        error.add_note(f"This happened in the factory {name!r}, called with a {type(block).__name__}.")
+        raise
     if not isinstance(module, nn.Module) or module is block:
         got = "the block itself" if module is block else type(module).__name__
         raise ConfigError(f"the factory {name!r} must return a new nn.Module for a block, got {got}.")
