@@ -117,6 +117,29 @@ def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
 
 
+@pytest.mark.parametrize("stuck", ["results.csv", "notes"])
+def test_a_file_of_the_user_that_cannot_be_moved_leaves_everything_as_it_was(
+    stuck: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(compressed(Binary()), tmp_path / "small")
+    (tmp_path / "small" / "notes").mkdir()
+    (tmp_path / "small" / "results.csv").write_text("1")
+    before = contents(tmp_path)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == stuck and not self.parent.name == target.parent.name == "small":
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(FileError, match="What was there is unchanged; give another path"):
+        save(net(), tmp_path / "small")
+    monkeypatch.undo()
+    assert contents(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["small"]
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     folder.mkdir()

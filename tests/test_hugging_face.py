@@ -99,6 +99,16 @@ def test_a_tokenizer_in_the_folder_that_the_model_came_from_is_copied(tmp_path: 
         load(tmp_path / "small")
 
 
+def test_a_file_beside_a_saved_model_that_is_not_a_part_of_it_is_not_copied(tmp_path: Path) -> None:
+    model = bert()
+    save(model, tmp_path / "one", tokenizer=tokenizer())
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "one" / "vocab.txt").symlink_to(tmp_path / "secret")
+    save(load(tmp_path / "one"), tmp_path / "two")
+    assert "vocab.txt" not in contents(tmp_path / "two")
+    assert contents(tmp_path / "two")["tokenizer.json"] == contents(tmp_path / "one")["tokenizer.json"]
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="Net is not a model of transformers"):
         save(net(), tmp_path / "small", tokenizer=tokenizer())
@@ -151,6 +161,11 @@ def reseal(folder: Path, config: dict[str, Any]) -> None:
         ({"architectures": []}, "names the architecture None"),
         ({"architectures": ["LlamaForCausalLM"]}, "is of the model type 'bert'; LlamaForCausalLM needs 'llama'"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, None),
+        ({"rope_theta": 10**9}, None),
+        ({"backbone": "hf-hub:someone/weights"}, "has backbone = 'hf-hub:someone/weights', by which a part"),
+        ({"backbone": None, "use_pretrained_backbone": True}, "has use_pretrained_backbone = True, by which a part"),
+        ({"vision_config": {"model_type": "timm_wrapper"}}, "has model_type = 'timm_wrapper', by which a part"),
+        ({"text_config": {"checkpoint_path": "/some/file"}}, "has checkpoint_path = '/some/file', by which a part"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_asks_for_too_much_is_refused(

@@ -318,7 +318,7 @@ def test_what_was_done_to_a_part_is_saved_with_the_whole(tmp_path: Any) -> None:
     model = whole()
     vanishing.prepare(model["body"], Quantization(bits=4), steps=1).finish(force=True)
     vanishing.prepare(model, Recipe({"head": Binary()}, schedule=StepSchedule(at=0))).finish()
-    vanishing.prepare(model["body"][2], MagnitudePruning(0.5), steps=1).finish(force=True)
+    vanishing.prepare(model.get_submodule("body.2"), MagnitudePruning(0.5), steps=1).finish(force=True)
     techniques = {row.name: row.technique for row in vanishing.summary(model).rows}
     assert techniques == {
         "body.0": repr(Quantization(bits=4)),

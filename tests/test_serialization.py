@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from damage import manifest, write
 from saved_models import COMPRESSORS, MANIFEST, NOW, WEIGHTS, batch, compressed, contents, net, outputs
 from vanishing import (
     Binary,
@@ -295,3 +296,25 @@ def test_a_model_without_values_is_not_saved(tmp_path: Path) -> None:
 class Extra(nn.Module):
     def get_extra_state(self) -> dict[str, int]:
         return {"a": 1}
+
+
+def test_factors_of_any_rank_are_not_made_before_they_are_known_to_fit(tmp_path: Path) -> None:
+    save(compressed(LowRank(rank=4)), tmp_path / "small")
+    data = manifest(tmp_path / "small")
+    data["modules"]["first"]["rank"] = 2**36
+    data["tensors"]["first.0.weight"]["shape"] = [2**36, 0]
+    write(tmp_path / "small", data, level="forged")
+    model = net(seed=5)
+    with pytest.raises(FileError):
+        load(tmp_path / "small", model)
+
+
+def test_a_recipe_that_cannot_be_read_does_not_stop_a_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = compressed(Binary())
+    save(model, tmp_path / "small")
+    data = manifest(tmp_path / "small")
+    data["recipe"]["rules"][0]["match"] = {"kind": "regex", "pattern": "a{99999999999999999999}"}
+    write(tmp_path / "small", data, level="forged")
+    loaded = load(tmp_path / "small", net(seed=5))
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert "is not a regular expression" in caplog.text

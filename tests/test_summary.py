@@ -121,3 +121,15 @@ def test_it_prints_every_layer_and_the_total() -> None:
 def test_a_model_without_parameters_is_an_error() -> None:
     with pytest.raises(ValueError, match="ReLU has no parameters"):
         vanishing.summary(nn.ReLU())
+
+
+def test_tables_are_plain_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleDict({"[cls]": nn.Linear(2, 2), "[/x]": nn.Linear(2, 2)})
+    plain = str(vanishing.summary(model))
+    assert "[cls]" in plain and "[/x]" in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(vanishing.summary(model)) == plain
+    assert "[cls]" in str(
+        vanishing.Recipe({"*": vanishing.Binary()}, schedule=vanishing.StepSchedule(at=0)).match(model)
+    )
