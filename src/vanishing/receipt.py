@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from vanishing.layers.base import Layout
-from vanishing.places import join
+from vanishing.places import is_below, join
 
 if TYPE_CHECKING:
     from vanishing.compressors.base import Compressor
@@ -78,7 +78,7 @@ def extend_receipt(model: nn.Module, receipt: Receipt) -> None:
     for module in model.modules():
         module.__dict__.pop(_ATTRIBUTE, None)
     replaced = [name for name, layer in receipt.layers.items() if layer.structure == "replaced"]
-    layers = {name: layer for name, layer in known.items() if not any(name.startswith(f"{b}.") for b in replaced)}
+    layers = {name: layer for name, layer in known.items() if not any(is_below(name, block) for block in replaced)}
     for name, layer in receipt.layers.items():
         # The size before is that of the first original.
         first = known.get(name, layer)

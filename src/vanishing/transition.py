@@ -205,7 +205,8 @@ class Transition:
                 f"resume."
             )
         self._step = state["steps_done"]
-        self._set_clock()
+        self._set_strengths()
+        self._set_betas()
 
     # The end
 
@@ -272,7 +273,8 @@ class Transition:
             for site in self._sites:
                 site.install(places)
                 undo.callback(site.remove, places)
-            self._set_clock()
+            self._set_strengths()
+            self._set_betas()
             self._update(arriving=True)
             # Between the forms, where both run and their shapes must agree, and with nothing left of the original.
             for beta in (0.5, 0.0):
@@ -291,16 +293,21 @@ class Transition:
         previous, self._step = self._step, step
         if step == previous:
             return
-        self._set_clock()
+        if self._strengths(step) != self._strengths(previous):
+            self._set_strengths()
+        self._set_betas()
         self._update(arriving=abs(step - previous) > 1, previous=previous)
 
-    def _set_clock(self) -> None:
-        strengths = [1.0 if ramp is None else 1.0 - ramp(self._step) for ramp in self._ramps]
-        settled = [self._is_settled(rule, self._step) for rule in range(len(self._ramps))]
+    def _strengths(self, step: int) -> list[tuple[float, bool]]:
+        """Of each rule at a step: how much of its technique is applied, and whether fade and ramp are over."""
+        ramped = [1.0 if ramp is None else 1.0 - ramp(step) for ramp in self._ramps]
+        return [(strength, self._is_settled(rule, step)) for rule, strength in enumerate(ramped)]
+
+    def _set_strengths(self) -> None:
+        strengths = self._strengths(self._step)
         for site in self._sites:
             for form in site.forms():
-                form.strength, form.settled = strengths[site.rule], settled[site.rule]
-        self._set_betas()
+                form.strength, form.settled = strengths[site.rule]
 
     def _set_betas(self) -> None:
         betas = [schedule(self._step) if self._override is None else self._override for schedule in self._betas]

@@ -30,19 +30,15 @@ def keep_largest(magnitudes: Sequence[Tensor], keep: int, guess: float | None = 
     if keep in (0, total):
         return [torch.full_like(m, keep > 0, dtype=torch.bool) for m in magnitudes], 0.0
     on_cpu = magnitudes[0].device.type == "cpu"
-    for width in _NEIGHBORHOODS if guess else ():
-        if on_cpu:
-            selected = _select_near(magnitudes, keep, guess or 0.0, width)
+    if guess:
+        select_near = _select_near_on_cpu if on_cpu else _select_near
+        for width in _NEIGHBORHOODS:
+            selected = select_near(magnitudes, keep, guess, width)
             if selected is not None:
                 return selected
-        else:
-            border = border_near(magnitudes, keep, guess or 0.0, width)
-            if border is not None:
-                return _select_from(magnitudes, keep, border), float(border)
     every = torch.cat([m.flatten() for m in magnitudes])
     if on_cpu:
-        exact = every if every.dtype == torch.float64 else every.float()
-        border = torch.as_tensor(np.partition(exact.numpy(), total - keep)[total - keep], dtype=every.dtype)
+        border = torch.as_tensor(np.partition(_array(every), total - keep)[total - keep], dtype=every.dtype)
     else:
         border = every.kthvalue(total - keep + 1).values
     return _select_from(magnitudes, keep, border), float(border)
@@ -51,12 +47,17 @@ def keep_largest(magnitudes: Sequence[Tensor], keep: int, guess: float | None = 
 def _select_near(
     magnitudes: Sequence[Tensor], keep: int, guess: float, width: float
 ) -> tuple[list[Tensor], float] | None:
-    """Return masks and border if the border lies within a share `width` of the guess, else None.
+    """Return masks and border if the border lies within a share `width` of the guess, else None."""
+    border = border_near(magnitudes, keep, guess, width)
+    return None if border is None else (_select_from(magnitudes, keep, border), float(border))
 
-    NumPy compares several times faster than PyTorch on a CPU.
-    """
+
+def _select_near_on_cpu(
+    magnitudes: Sequence[Tensor], keep: int, guess: float, width: float
+) -> tuple[list[Tensor], float] | None:
+    """`_select_near` with NumPy, which compares several times faster than PyTorch on a CPU."""
     low, high = guess * (1 - width), guess * (1 + width)
-    arrays = [(m if m.dtype == torch.float64 else m.float()).numpy().reshape(-1) for m in magnitudes]
+    arrays = [_array(m) for m in magnitudes]
     masks = [array >= high for array in arrays]
     places = [np.flatnonzero((array >= low) ^ mask) for array, mask in zip(arrays, masks, strict=True)]
     candidates = np.concatenate([array[place] for array, place in zip(arrays, places, strict=True)])
@@ -73,6 +74,12 @@ def _select_near(
         mask[place] = stays[end - len(place) : end]
     shaped = [torch.from_numpy(mask).reshape(m.shape) for mask, m in zip(masks, magnitudes, strict=True)]
     return shaped, float(border)
+
+
+def _array(magnitudes: Tensor) -> np.ndarray:
+    """Return the values in a row, in a type that NumPy has."""
+    exact = magnitudes if magnitudes.dtype == torch.float64 else magnitudes.float()
+    return exact.numpy().reshape(-1)
 
 
 def _select_from(magnitudes: Sequence[Tensor], keep: int, border: Tensor) -> list[Tensor]:
