@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from vanishing.blend import (
     Blend,
@@ -94,17 +93,11 @@ class WeightSite(Site):
     @property
     def weight(self) -> nn.Parameter:
         """The latent weight; asked for anew, as loading and casting may put another parameter in its place."""
-        return self._weights()[0]
+        return _latent_weight(*self.planned.owners[0])
 
     def _weights(self) -> list[nn.Parameter]:
         """The latent weight of every owner: one parameter, unless something has untied them."""
-        lists: list[Any] = [
-            module.parametrizations[name].original  # type: ignore[index,union-attr]
-            if parametrize.is_parametrized(module, name)
-            else module._parameters[name]
-            for module, name in self.planned.owners
-        ]
-        return lists
+        return [_latent_weight(module, name) for module, name in self.planned.owners]
 
     def forms(self) -> Iterator[CompressedWeight]:
         for module in self.blend.modules():
@@ -212,6 +205,15 @@ class BlockSite(Site):
         before = (sum(p.numel() for p in original.parameters()), sum(_bytes(m) for m in original.modules()))
         places.put(self.blend, replacement)
         return {self.name: FinishedLayer(self.compressor, "replaced", *before, {})}
+
+
+def _latent_weight(module: nn.Module, name: str) -> nn.Parameter:
+    """Return a layer's weight, in transition or plain, without the many calls of `parametrize.is_parametrized`."""
+    holder: Any = module
+    parametrizations: Any = module._modules.get("parametrizations")
+    if parametrizations is not None and name in parametrizations._modules:
+        holder, name = parametrizations._modules[name], "original"
+    return cast(nn.Parameter, holder._parameters[name])
 
 
 def build_block_sites(plan: Plan) -> list[BlockSite]:

@@ -107,28 +107,6 @@ def grouped_matrix(layer: LayerView) -> Tensor:
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
-class _BlendProduct(torch.autograd.Function):
-    """`beta W + (1 - beta) B A`, in one pass over the weight forward, and one for each gradient backward."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor, beta: Beta) -> Tensor:
-        ctx.save_for_backward(left, right, *([beta] if isinstance(beta, Tensor) else []))
-        ctx.beta = None if isinstance(beta, Tensor) else beta
-        if isinstance(beta, Tensor):
-            return (weight * beta).addmm_((1 - beta) * left, right)
-        return (weight * beta).addmm_(left, right, alpha=1 - beta)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        left, right, *rest = ctx.saved_tensors
-        beta = rest[0] if rest else ctx.beta
-        # The thin results are scaled, not their source, which is as large as the weight.
-        left_gradient = gradient.mm(right.t()).mul_(1 - beta)
-        right_gradient = gradient.t().mm(left).mul_(1 - beta).t()
-        return gradient * beta, left_gradient, right_gradient, None
-
-
 class LowRankWeight(CompressedWeight):
     """Two plain layers whose weights multiply to the compressed weight.
 
@@ -176,7 +154,11 @@ class LowRankWeight(CompressedWeight):
     def blend(self, weight: Tensor, beta: Beta) -> Tensor:
         matrix = self.layout.to_matrix(weight)
         if self.groups == 1 and not self.ramped:
-            return self.layout.from_matrix(_BlendProduct.apply(matrix, *self.factors.matrices(), beta))
+            left, right = self.factors.matrices()
+            # In place, as autocast would compute a new one in half precision.
+            if isinstance(beta, Tensor):
+                return self.layout.from_matrix((matrix * beta).addmm_((1 - beta) * left, right))
+            return self.layout.from_matrix((matrix * beta).addmm_(left, right, alpha=1 - beta))
         left, right = self._left(), self.factors.right
         blended = (matrix * beta).reshape(self.groups, -1, right.shape[-1])
         return self._in_shape(blended.baddbmm_((1 - beta) * left, right))
