@@ -76,16 +76,26 @@ def dense(model: nn.Module) -> Advance:
 
 def vanishing_arm(compressor: vanishing.Compressor, *, progress: float) -> Prepare:
     """All encoder linears through the library, `progress` of the way through the fade (1: the original is gone)."""
+    return lambda model: _transition(model, compressor, progress).step
+
+
+def finished_arm(compressor: vanishing.Compressor) -> Prepare:
+    """All encoder linears compressed and finished: what an arm at the end of the fade can at best take."""
 
     def prepare(model: nn.Module) -> Advance:
-        recipe = vanishing.Recipe(
-            rules={nn.Linear: compressor}, ignore=["classifier"], schedule=vanishing.LinearSchedule(steps=FADE)
-        )
-        transition = vanishing.prepare(model, recipe)
-        transition.seek(round(progress * FADE))
-        return transition.step
+        _transition(model, compressor, 1.0).finish()
+        return dense(model)
 
     return prepare
+
+
+def _transition(model: nn.Module, compressor: vanishing.Compressor, progress: float) -> vanishing.Transition:
+    recipe = vanishing.Recipe(
+        rules={nn.Linear: compressor}, ignore=["classifier"], schedule=vanishing.LinearSchedule(steps=FADE)
+    )
+    transition = vanishing.prepare(model, recipe)
+    transition.seek(round(progress * FADE))
+    return transition
 
 
 class TwoPaths(nn.Module):
@@ -158,6 +168,7 @@ ARMS: dict[str, Prepare] = {
     "4 bits": vanishing_arm(vanishing.Quantization(bits=4), progress=0.5),
     "low rank 16": vanishing_arm(vanishing.LowRank(rank=16), progress=0.5),
     "low rank 16 after Q": vanishing_arm(vanishing.LowRank(rank=16), progress=1.0),
+    "low rank 16, finished": finished_arm(vanishing.LowRank(rank=16)),
     "textbook: two paths": textbook_arm(lambda layer: TwoPaths(layer, 0.9, 0.5)),
     "textbook: two paths, low rank 16": textbook_arm(lambda layer: TwoPathsLowRank(layer, 16, 0.5)),
     "textbook: full top-k": textbook_arm(lambda layer: FullTopK(layer, 0.9, 0.5)),

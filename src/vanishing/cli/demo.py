@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from vanishing.bench.tasks import Task
 
 TECHNIQUES = {
-    "95 % pruned": MagnitudePruning(sparsity=0.95),
+    # As many weights stay as a binary weight keeps of its bits.
+    "1 weight in 32 kept": MagnitudePruning(sparsity=31 / 32),
     "binary weights": Binary(granularity=PerTensor()),
     "rank 3": LowRank(rank=3),
 }
