@@ -285,3 +285,95 @@ def test_an_exact_gradient_is_the_one_of_the_mask() -> None:
     latent: nn.Parameter = layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
     assert latent.grad is not None
     assert latent.grad.tolist() == [[0.75, 0.75, 1.0, 1.0]]
+
+
+# Lengths that are shares of the training
+
+
+def relative_recipe() -> Recipe:
+    return Recipe(
+        {
+            "0": Rule(MagnitudePruning(0.5), schedule=StepSchedule(at="50%")),
+            "2": Rule(Binary(), ramp=LinearSchedule(start="10%", steps="20%")),
+        },
+        schedule=LinearSchedule(steps="40%"),
+    )
+
+
+def absolute_recipe() -> Recipe:
+    return Recipe(
+        {
+            "0": Rule(MagnitudePruning(0.5), schedule=StepSchedule(at=10)),
+            "2": Rule(Binary(), ramp=LinearSchedule(start=2, steps=4)),
+        },
+        schedule=LinearSchedule(steps=8),
+    )
+
+
+def same_shape(block: nn.Module) -> nn.Module:
+    return nn.Linear(8, 4)
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def test_shares_of_a_training_are_steps_once_its_length_is_given() -> None:
+    one, other = small_model(), small_model()
+    relative = vanishing.prepare(one, relative_recipe())
+    absolute = vanishing.prepare(other, absolute_recipe())
+    assert relative.beta == 1.0
+    assert not relative.done
+    batch = torch.randn(4, 8)
+    assert torch.equal(one(batch), other(batch))
+    relative.set_length(20)
+    assert relative.recipe == absolute.recipe
+    assert relative.end == absolute.end == 10
+    for _ in range(10):
+        relative.step()
+        absolute.step()
+        assert torch.equal(one(batch), other(batch))
+    relative.load_state_dict(absolute.state_dict())
+    relative.finish()
+    assert Recipe.from_yaml(relative_recipe().to_yaml()) == relative_recipe()
+
+
+def test_without_the_length_of_the_training_the_clock_does_not_move() -> None:
+    model = small_model()
+    transition = vanishing.prepare(model, Binary(), steps="40%")
+    before = model.state_dict()
+    for call in (transition.step, lambda: transition.seek(3), transition.finish, lambda: transition.finish(force=True)):
+        with pytest.raises(vanishing.TransitionError, match=r"length is not known\. Call transition\.set_length"):
+            call()
+    finished_state = {"steps_done": 4, "recipe": '{"rules": []}'}
+    with pytest.raises(vanishing.TransitionError, match="length is not known"):
+        transition.load_state_dict(finished_state)
+    assert transition.steps_done == 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    transition.cancel()
+
+
+def test_a_training_has_one_length() -> None:
+    transition = vanishing.prepare(small_model(), Binary(), steps="40%")
+    for wrong in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match="at least 1"):
+            transition.set_length(wrong)  # type: ignore[arg-type]
+    transition.set_length(20)
+    transition.set_length(20)
+    with pytest.raises(vanishing.TransitionError, match="laid out for a training of 20 optimizer steps"):
+        transition.set_length(30)
+    # Steps are steps, however long the training is.
+    vanishing.prepare(small_model(), Binary(), steps=4).set_length(3)
+
+
+def test_the_gap_is_the_mean_distance_from_the_original_weights() -> None:
+    model = small_model()
+    weights = [weight.detach().clone() for name, weight in model.named_parameters() if name.endswith("weight")]
+    transition = vanishing.prepare(model, LowRank(rank=2), steps=4)
+    # The part of a truncated decomposition that is left out: the root of the sum of the squares of the rest.
+    tails = [(s := torch.linalg.svdvals(w))[2:].square().sum().sqrt() / s.square().sum().sqrt() for w in weights]
+    assert transition.gap() == pytest.approx(float(sum(tails)) / 2, rel=1e-4)
+    transition.cancel()
+    replaced = Recipe({"2": vanishing.Replace(same_shape)}, schedule=LinearSchedule(steps=4))
+    assert vanishing.prepare(model, replaced).gap() is None

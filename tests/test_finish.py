@@ -553,7 +553,7 @@ def test_a_step_schedule_compresses_at_once_or_after_dense_training(make: Callab
     transition = vanishing.prepare(model, Recipe({"*": Binary()}, schedule=schedule))
     for step in range(5):
         weight: Any = model.get_submodule("0")
-        assert (len(weight.weight.abs().unique()) <= 16) == (step >= schedule.at)
+        assert (len(weight.weight.abs().unique()) <= 16) == (step >= schedule.end)
         train(model, transition, 1)
     transition.finish()
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from vanishing.config import Config, concrete_kinds
-from vanishing.errors import ConfigError, VanishingError
+from vanishing.errors import ConfigError, TransitionError, VanishingError
 from vanishing.schedules import (
     CosineSchedule,
     ExponentialSchedule,
@@ -67,17 +67,19 @@ def test_every_schedule_has_its_laws_tested_here() -> None:
 @given(data=st.data())
 def test_the_value_is_the_textbook_formula(kind: type[Fade], data: st.DataObject) -> None:
     schedule = data.draw(FADES[kind])
-    step = data.draw(st.integers(schedule.start, schedule.start + schedule.steps))
-    expected = textbook(schedule, (step - schedule.start) / schedule.steps)
+    step = data.draw(st.integers(schedule.begin, schedule.end))
+    expected = textbook(schedule, (step - schedule.begin) / (schedule.end - schedule.begin))
     assert schedule(step) == pytest.approx(expected, abs=1e-9)
 
 
 @given(ANY_FADE, st.integers(-(10**6), 10**6))
 def test_the_value_is_1_up_to_the_start_and_exactly_0_from_the_end_on(schedule: Fade, offset: int) -> None:
-    assert schedule(schedule.start) == 1.0
-    assert schedule(schedule.start - abs(offset)) == 1.0
-    assert schedule(schedule.start + schedule.steps) == 0.0
-    assert schedule(schedule.start + schedule.steps + abs(offset)) == 0.0
+    fields = schedule.to_dict()
+    start = fields.get("start", 0)
+    assert schedule(start) == 1.0
+    assert schedule(start - abs(offset)) == 1.0
+    assert schedule(start + fields["steps"]) == 0.0
+    assert schedule(start + fields["steps"] + abs(offset)) == 0.0
 
 
 @given(ANY, st.data())
@@ -89,10 +91,10 @@ def test_the_value_stays_in_0_to_1_and_never_rises(schedule: Schedule, data: st.
 
 @given(ANY_FADE, st.data())
 def test_the_start_only_shifts(schedule: Fade, data: st.DataObject) -> None:
-    step = data.draw(st.integers(0, schedule.steps))
+    step = data.draw(st.integers(0, schedule.end - schedule.begin))
     unshifted = Config.from_dict(schedule.to_dict() | {"start": 0})
     assert isinstance(unshifted, Fade)
-    assert schedule(schedule.start + step) == unshifted(step)
+    assert schedule(schedule.begin + step) == unshifted(step)
 
 
 @given(ANY, st.integers(0, 10**7))
@@ -106,9 +108,10 @@ def test_the_value_depends_on_nothing_but_the_step(schedule: Schedule, step: int
 
 @given(STEP)
 def test_a_step_schedule_is_1_before_and_0_from_its_step_on(schedule: StepSchedule) -> None:
-    assert schedule(schedule.at - 1) == 1.0
-    assert schedule(schedule.at) == 0.0
-    assert schedule(schedule.at + 1) == 0.0
+    at = schedule.to_dict()["at"]
+    assert schedule(at - 1) == 1.0
+    assert schedule(at) == 0.0
+    assert schedule(at + 1) == 0.0
 
 
 def test_a_step_schedule_at_0_compresses_from_the_beginning() -> None:
@@ -213,3 +216,37 @@ def test_a_shape_that_leaves_0_to_1_is_clamped() -> None:
 
     schedule = Overshooting(steps=10)
     assert [schedule(t) for t in (1, 4, 9)] == [1.0, pytest.approx(0.3), 0.0]
+
+
+# Shares of a training
+
+
+@given(st.sampled_from(list(FADES)), st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 10**6))
+def test_a_share_is_that_part_of_the_training_to_the_nearest_step(
+    kind: type[Fade], start: int, steps: int, length: int
+) -> None:
+    relative = kind(start=f"{start / 10:g}%", steps=f"{steps / 10:g}%")
+    assert relative.is_relative
+    assert Config.from_dict(relative.to_dict()) == relative
+    schedule = relative.resolved(length)
+    assert not schedule.is_relative
+    assert abs(schedule.begin - start / 1000 * length) <= 0.5 + 1e-6
+    # A fall takes a step at least.
+    assert abs(schedule.end - schedule.begin - max(steps / 1000 * length, 1)) <= 0.5 + 1e-6
+    assert schedule.resolved(2 * length) == schedule
+
+
+def test_a_step_schedule_at_a_share() -> None:
+    assert StepSchedule(at="40%").resolved(314) == StepSchedule(at=126)
+    assert StepSchedule(at="0%").resolved(314)(0) == 0.0
+
+
+def test_a_share_has_no_value_before_the_length_is_known() -> None:
+    with pytest.raises(TransitionError, match="40% of a training whose length is not known"):
+        LinearSchedule(steps="40%")(3)
+
+
+@pytest.mark.parametrize("wrong", ["40", "140%", "-1%", "40 %", "forty", "", "1e1%"])
+def test_what_is_not_a_share(wrong: str) -> None:
+    with pytest.raises(ConfigError, match='or a share of the training as in "40%"'):
+        LinearSchedule(steps=wrong)

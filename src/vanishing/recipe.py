@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -41,6 +42,11 @@ class Rule(Config):
     def check(self) -> None:
         if self.ramp is not None:
             check_ramp(self.compressor)
+
+    def resolved(self, length: int) -> Rule:
+        """Return the rule for a training of `length` optimizer steps."""
+        schedule, ramp = (None if each is None else each.resolved(length) for each in (self.schedule, self.ramp))
+        return Rule(self.compressor, schedule, ramp)
 
 
 @dataclass(frozen=True, init=False)
@@ -96,6 +102,23 @@ class Recipe:
         object.__setattr__(self, "ignore", tuple(to_pattern(key) for key in ([ignore] if single else ignore)))  # type: ignore[union-attr]
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "ramp", ramp)
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether a schedule is a share of the training, whose length is still to be given."""
+        return any(schedule.is_relative for schedule in self._schedules())
+
+    def resolved(self, length: int) -> Recipe:
+        """Return the recipe for a training of `length` optimizer steps: every "40%" becomes steps."""
+        settled = copy.copy(self)
+        object.__setattr__(settled, "rules", tuple((pattern, rule.resolved(length)) for pattern, rule in self.rules))
+        object.__setattr__(settled, "schedule", self.schedule.resolved(length))
+        object.__setattr__(settled, "ramp", None if self.ramp is None else self.ramp.resolved(length))
+        return settled
+
+    def _schedules(self) -> list[Schedule]:
+        own = [schedule for _, rule in self.rules for schedule in (rule.schedule, rule.ramp)]
+        return [schedule for schedule in (self.schedule, self.ramp, *own) if schedule is not None]
 
     def match(self, model: nn.Module) -> Plan:
         """Return which module gets what, what is left alone and why, and every problem; the model is not changed.

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from vanishing.config import Config
+from vanishing.errors import TransitionError
 
-Steps = Annotated[int, Field(ge=1, description="the length of the fall in optimizer steps, at least 1")]
-Start = Annotated[int, Field(ge=0, description="the optimizer step up to which the value is 1, at least 0")]
+Share = Annotated[str, StringConstraints(pattern=r"^(100|[0-9]{1,2}(\.[0-9]+)?)%$")]
+"""A share of a training's optimizer steps, as in "40%"."""
+
+_OR_SHARE = 'or a share of the training as in "40%"'
+Steps = Annotated[
+    Annotated[int, Field(ge=1)] | Share,
+    Field(description=f"the length of the fall in optimizer steps, at least 1, {_OR_SHARE}"),
+]
+Start = Annotated[
+    Annotated[int, Field(ge=0)] | Share,
+    Field(description=f"the optimizer step up to which the value is 1, at least 0, {_OR_SHARE}"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(Config, ABC):
     """A value in [0, 1] for every optimizer step, computed in closed form and never carried along.
+
+    Lengths are optimizer steps, or shares of the training as in "40%" until `resolved` makes them steps.
 
     Laws, with `begin` and `end` the first and the last step of the fall:
         s(t) == 1 for t <= begin, s(t) == 0 exactly for t >= end, s(t + 1) <= s(t).
@@ -37,6 +51,25 @@ class Schedule(Config, ABC):
     def shape(self, progress: float) -> float:
         """Return the value for a progress in (0, 1), the share of the fall that has passed."""
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether a length is a share of the training, so that there is no value before `resolved`."""
+        return bool(self._shares())
+
+    def resolved(self, length: int) -> Self:
+        """Return the schedule for a training of `length` optimizer steps, its shares rounded to steps.
+
+        >>> LinearSchedule(steps="40%", start="10%").resolved(1000)
+        LinearSchedule(steps=400, start=100)
+        """
+        steps = {name: round(length * float(share.rstrip("%")) / 100) for name, share in self._shares().items()}
+        # A fall takes a step at least.
+        return dataclasses.replace(self, **{name: max(n, int(name == "steps")) for name, n in steps.items()})
+
+    def _shares(self) -> dict[str, str]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, str)}
+
     def __call__(self, step: int) -> float:
         """Return the value at an optimizer step (the number of optimizer steps already done).
 
@@ -55,8 +88,8 @@ class Fade(Schedule):
     """Base of the schedules that fall over `steps` optimizer steps after `start`.
 
     Args:
-        steps: length of the fall, in optimizer steps.
-        start: optimizer step at which the fall begins.
+        steps: length of the fall, in optimizer steps or as a share of the training ("40%").
+        start: optimizer step at which the fall begins, or a share of the training.
     """
 
     steps: Steps
@@ -64,11 +97,11 @@ class Fade(Schedule):
 
     @property
     def begin(self) -> int:
-        return self.start
+        return _known(self.start)
 
     @property
     def end(self) -> int:
-        return self.start + self.steps
+        return _known(self.start) + _known(self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,18 +157,31 @@ class StepSchedule(Schedule):
     """1 before the optimizer step `at` and 0 from it on: compression at once, after `at` steps of dense training.
 
     Args:
-        at: optimizer step from which the value is 0; with 0 the model is compressed from the beginning.
+        at: optimizer step from which the value is 0, or a share of the training ("40%"); with 0 the model is
+            compressed from the beginning.
     """
 
-    at: Annotated[int, Field(ge=0, description="the optimizer step from which the value is 0, at least 0")]
+    at: Annotated[
+        Annotated[int, Field(ge=0)] | Share,
+        Field(description=f"the optimizer step from which the value is 0, at least 0, {_OR_SHARE}"),
+    ]
 
     @property
     def begin(self) -> int:
-        return self.at - 1
+        return _known(self.at) - 1
 
     @property
     def end(self) -> int:
-        return self.at
+        return _known(self.at)
 
     def shape(self, progress: float) -> float:
         raise AssertionError("a step has no interior")
+
+
+def _known(steps: int | str) -> int:
+    if isinstance(steps, str):
+        raise TransitionError(
+            f"{steps} of a training whose length is not known. Call transition.set_length with its number of optimizer "
+            f"steps, or give the schedule a number of steps."
+        )
+    return steps

@@ -95,6 +95,13 @@ class WeightSite(Site):
         """The latent weight; asked for anew, as loading and casting may put another parameter in its place."""
         return _latent_weight(*self.planned.owners[0])
 
+    @torch.no_grad()
+    def gap(self) -> float:
+        """Return the distance of the compressed weight from the latent one, as a share of the latter's norm."""
+        weight = self.weight
+        distance = (self.blend.form.compress(weight) - weight).norm()
+        return float(distance / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny))
+
     def _weights(self) -> list[nn.Parameter]:
         """The latent weight of every owner: one parameter, unless something has untied them."""
         return [_latent_weight(module, name) for module, name in self.planned.owners]

@@ -27,13 +27,14 @@ from vanishing.schedules import LinearSchedule, Schedule
 from vanishing.sites import Site, WeightSite, build_block_sites
 
 _WHOLE_MODEL_TOLERANCE = 1e-4
+_ANY_LENGTH = 10**9
 
 
 def prepare(
     model: nn.Module,
     recipe: Recipe | Compressor,
     *,
-    steps: int | None = None,
+    steps: int | str | None = None,
     ignore: Iterable[Any] = (),
     optimizer: Optimizer | None = None,
     example_inputs: Any = None,
@@ -46,7 +47,8 @@ def prepare(
     Args:
         model: any module; its parameters keep their identity.
         recipe: a recipe, or one technique for every linear and convolution layer.
-        steps: with a single technique, the length of its linear fade in optimizer steps.
+        steps: with a single technique, the length of its linear fade in optimizer steps, or as a share of the training
+            ("40%"), whose length a framework's callback or `Transition.set_length` gives.
         ignore: with a single technique, keys of modules to leave alone, as in `Recipe`.
         optimizer: an optimizer that was made for the model already; new parameters join the group of the weight they
             come from, and at the end those that are gone leave it. Not needed if the optimizer is made afterwards.
@@ -84,7 +86,7 @@ def prepare(
     return transition
 
 
-def _resolve_recipe(recipe: Recipe | Compressor, steps: int | None, ignore: Iterable[Any]) -> Recipe:
+def _resolve_recipe(recipe: Recipe | Compressor, steps: int | str | None, ignore: Iterable[Any]) -> Recipe:
     if isinstance(recipe, Recipe):
         if steps is not None or ignore:
             raise TypeError("prepare: a Recipe holds its own schedule and ignore. Set them there, not in prepare.")
@@ -109,9 +111,10 @@ class Transition:
         self._example_inputs = example_inputs
         self._step = 0
         self._override: float | None = None
-        self._betas: list[Schedule] = [rule.schedule or recipe.schedule for _, rule in recipe.rules]
-        self._ramps: list[Schedule | None] = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
+        # At the first step the length of the training makes no difference.
+        self._set_schedules(recipe.resolved(_ANY_LENGTH))
         self._ended: str | None = None
+        self._length: int | None = None
         self._optimizers = OptimizerWatch()
         self._checked_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -125,7 +128,7 @@ class Transition:
     @property
     def beta(self) -> float:
         """The original's share at this step by the recipe's schedule (a rule may have its own)."""
-        return self.recipe.schedule(self._step)
+        return self._schedule(self._step)
 
     @property
     def end(self) -> int:
@@ -136,10 +139,51 @@ class Transition:
         schedules = [s for number in used for s in (self._betas[number], self._ramps[number]) if s is not None]
         return max((s.end for s in schedules), default=0)
 
+    def set_length(self, steps: int) -> None:
+        """Give the training's length, which schedules such as `LinearSchedule(steps="40%")` are a share of.
+
+        Nothing happens where the recipe has no such schedule.
+
+        Args:
+            steps: optimizer steps of the whole training.
+
+        Raises:
+            TransitionError: the transition is over, or has another length already.
+            ValueError: a length below 1.
+        """
+        self._require_active()
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"set_length(steps={steps!r}): steps is a number of optimizer steps, at least 1.")
+        if self.recipe.is_relative:
+            self.recipe = self.recipe.resolved(steps)
+            self._length = steps
+            self._set_schedules(self.recipe)
+        elif self._length not in (None, steps):
+            raise TransitionError(
+                f"set_length({steps}): this transition was laid out for a training of {self._length} optimizer steps."
+            )
+
     @property
     def done(self) -> bool:
         """Whether only the compressed form is left, at its full strength."""
         return self._step >= self.end
+
+    @property
+    def active(self) -> bool:
+        """Whether the transition goes on: neither `finish` nor `cancel` has ended it."""
+        return self._ended is None
+
+    def gap(self) -> float | None:
+        """Return how far the compressed weights are from their originals: the mean over weights of |g(W) - W| / |W|.
+
+        Frobenius norms; None where only whole blocks are replaced, whose outputs would have to be compared.
+
+        Raises:
+            TransitionError: the transition is over.
+        """
+        self._require_active()
+        gaps = [site.gap() for site in self._sites if isinstance(site, WeightSite)]
+        return sum(gaps) / len(gaps) if gaps else None
 
     def step(self) -> None:
         """Move the clock by one; to be called once after each optimizer step.
@@ -200,6 +244,7 @@ class Transition:
             got = dict(state) if isinstance(state, Mapping) else state
             raise TransitionError(f"expected a transition's state with steps_done and recipe, got {got!r:.200}.")
         if state["recipe"] != json.dumps(self.recipe.to_dict()):
+            self._require_length()
             raise TransitionError(
                 f"the state was saved with another recipe, {state['recipe']}. Prepare the model with that one to "
                 f"resume."
@@ -229,6 +274,7 @@ class Transition:
                 transition has ended already.
         """
         self._require_active()
+        self._require_length()
         if not (self.done or force):
             raise TransitionError(
                 f"finish: {self.end - self._step} of {self.end} optimizer steps remain until the compressed form "
@@ -287,8 +333,14 @@ class Transition:
             for site in self._sites:
                 join(optimizer, site.original_parameters, {names[id(p)]: p for p in site.new_parameters})
 
+    def _set_schedules(self, recipe: Recipe) -> None:
+        self._schedule = recipe.schedule
+        self._betas: list[Schedule] = [rule.schedule or recipe.schedule for _, rule in recipe.rules]
+        self._ramps: list[Schedule | None] = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
+
     def _move(self, step: int) -> None:
         self._require_active()
+        self._require_length()
         self._check_optimizers()
         previous, self._step = self._step, step
         if step == previous:
@@ -343,6 +395,13 @@ class Transition:
             self._override = outer
             if self._ended is None:
                 self._set_betas()
+
+    def _require_length(self) -> None:
+        if self.recipe.is_relative:
+            raise TransitionError(
+                "the recipe's schedule is a share of the training, whose length is not known. Call "
+                "transition.set_length with its number of optimizer steps; the callbacks for frameworks do so."
+            )
 
     def _require_active(self) -> None:
         if self._ended is not None:

@@ -1,0 +1,187 @@
+"""transformers' Trainer: the clock, the checkpoints, and the evaluation of the model that will be shipped."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from torch import nn
+
+from vanishing.errors import TransitionError
+from vanishing.transition import Transition
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        "vanishing.integrations.transformers needs transformers and accelerate: pip install 'vanishing[trainer]'."
+    ) from error
+
+_STATE = "vanishing"
+"""The name of the transition's state in `trainer_state.json`."""
+_COMPLETE = "vanishing_complete.json"
+"""Written last into a checkpoint's folder: the sizes of all its files."""
+
+
+class TransitionCallback(TrainerCallback):  # type: ignore[misc]
+    """Drives a transition in transformers' Trainer; a prepared model and this callback are all that it needs.
+
+    - The clock stands at the Trainer's `global_step`: accumulation and several processes are counted right, and lengths
+      such as "40%" are shares of the Trainer's own length.
+    - Checkpoints hold the transition; resumed from one, on one CPU device, the run goes on bit for bit.
+    - `eval_...` is what will be shipped (beta = 0), `eval_blend_...` what is being trained.
+    - `beta` and `gap` (`Transition.gap`) are logged with the loss, to every tracker.
+    - `load_best_model_at_end` and early stopping see no model from before the end of the transition.
+
+    Afterwards call `transition.finish()`.
+
+    Args:
+        transition: what `prepare` returned for the Trainer's model.
+        evaluate_blend: whether to evaluate the blend too while it differs, which doubles the time of an evaluation.
+    """
+
+    def __init__(self, transition: Transition, *, evaluate_blend: bool = True) -> None:
+        self.transition = transition
+        self._evaluate_blend = evaluate_blend
+        self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        """Put the evaluation and the log of the Trainer that was just made under this transition."""
+        self._attach(_trainer_of(self))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        """Set the clock to where the Trainer begins.
+
+        Raises:
+            TransitionError: the model is not the transition's, the training is shorter than the transition, or the
+                checkpoint was written without this callback or with another recipe.
+        """
+        self._attach(_trainer_of(self))
+        model: nn.Module = keywords["model"]
+        if not any(module is self.transition.model for module in model.modules()):
+            raise TransitionError(
+                "the Trainer trains another model than the one that this transition was prepared for. Give the Trainer "
+                "the prepared model itself."
+            )
+        self.transition.set_length(state.max_steps)
+        if self.transition.end > state.max_steps:
+            raise TransitionError(
+                f"the transition ends at optimizer step {self.transition.end} and the training at step "
+                f"{state.max_steps}. Train longer, or shorten the schedule, for instance to steps='40%'."
+            )
+        if state.global_step == 0:
+            self.transition.seek(0)
+            return
+        saved = state.stateful_callbacks.get(_STATE)
+        if saved is None:
+            raise TransitionError(
+                f"the checkpoint of step {state.global_step} was written without a TransitionCallback, so it holds no "
+                f"transition. Resume from one that does, or start anew."
+            )
+        self.transition.load_state_dict(saved)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        """Move the clock."""
+        self.transition.seek(state.global_step)
+        state.stateful_callbacks[_STATE] = self.transition.state_dict()
+        self._forget_early_best(state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        """Let no evaluation from before the end of the transition count, not even the epoch's last."""
+        self._forget_early_best(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any) -> None:
+        """Mark the checkpoint as complete, once every process has written its part."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            folder = Path(_trainer_of(self)._get_output_dir(None)) / f"checkpoint-{state.global_step}"
+            _mark_complete(folder)
+
+    def _forget_early_best(self, state: TrainerState) -> None:
+        if state.best_global_step is not None and state.best_global_step < self.transition.end:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def _attach(self, trainer: Any) -> None:
+        if trainer in self._attached:
+            return
+        self._attached.add(trainer)
+        evaluation_loop, log = trainer.evaluation_loop, trainer.log
+
+        def both_forms(*arguments: Any, metric_key_prefix: str = "eval", **settings: Any) -> Any:
+            if not self.transition.active:
+                return evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **settings)
+            with self.transition.compressed():
+                output = evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **settings)
+            if self._evaluate_blend and metric_key_prefix.startswith("eval") and not self.transition.done:
+                prefix = metric_key_prefix.replace("eval", "eval_blend", 1)
+                output.metrics.update(evaluation_loop(*arguments, metric_key_prefix=prefix, **settings).metrics)
+            return output
+
+        def log_with_beta(logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
+            if self.transition.active and "loss" in logs:
+                logs = logs | {"beta": self.transition.beta}
+                gap = self.transition.gap()
+                logs |= {} if gap is None else {"gap": gap}
+            log(logs, *arguments, **settings)
+
+        trainer.evaluation_loop, trainer.log = both_forms, log_with_beta
+
+
+def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """Return the newest checkpoint in a Trainer's output folder that was written to its end, None without any.
+
+    The Trainer writes a checkpoint file by file, so one that a killed process left behind may be incomplete:
+
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint("out"))
+
+    Args:
+        folder: the Trainer's `output_dir`; it need not exist yet.
+    """
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted((int(m[1]) for name in names if (m := re.fullmatch(r"checkpoint-(\d+)", name))), reverse=True)
+    paths = (Path(folder) / f"checkpoint-{step}" for step in steps)
+    return next((str(path) for path in paths if _is_complete(path)), None)
+
+
+def _mark_complete(folder: Path) -> None:
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    sizes.pop(_COMPLETE, None)
+    unfinished = folder / f"{_COMPLETE}.partial"
+    unfinished.write_text(json.dumps(sizes, indent=2) + "\n")
+    os.replace(unfinished, folder / _COMPLETE)
+
+
+def _is_complete(folder: Path) -> bool:
+    marker = folder / _COMPLETE
+    if not marker.exists():
+        return False
+    sizes: dict[str, int] = json.loads(marker.read_text())
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+
+
+def _trainer_of(callback: TransitionCallback) -> Any:
+    """Return the Trainer that is calling a callback: it hands over its parts, but not itself."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back
+    raise TransitionError(
+        "a TransitionCallback must be called by transformers' Trainer. Give it to one: callbacks=[...]."
+    )

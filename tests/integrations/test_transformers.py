@@ -1,0 +1,315 @@
+"""The Trainer's callback against a plain loop, its own checkpoints and evaluation by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import vanishing
+from vanishing import LowRank, MagnitudePruning, Transition, TransitionError
+from vanishing.integrations.transformers import TransitionCallback, last_complete_checkpoint
+
+EXAMPLES, BATCH, EPOCHS = 48, 4, 2
+STEPS = EPOCHS * EXAMPLES // BATCH
+Example = dict[str, Tensor]
+
+
+def examples() -> list[Example]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 60, (EXAMPLES, 12), generator=generator)
+    # Whether the first word is from the first half of the vocabulary: something that can be learned.
+    return [{"input_ids": row, "attention_mask": torch.ones(12).long(), "labels": (row[0] < 32).long()} for row in ids]
+
+
+def bert(dropout: float = 0.1) -> Any:
+    torch.manual_seed(1)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=16,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            initializer_range=0.3,
+        )
+    )
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": EPOCHS,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(output_dir=str(folder), **(settings | changes))
+
+
+class BetaAtEachStep(TrainerCallback):  # type: ignore[misc]
+    """Notes beta as the model has it, after every optimizer step."""
+
+    def __init__(self, transition: Transition) -> None:
+        self.transition = transition
+        self.betas: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.betas.append(self.transition.beta)
+
+
+class WeightsAtStep(TrainerCallback):  # type: ignore[misc]
+    """Copies the weights after one optimizer step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.weights: dict[str, Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        if state.global_step == self.step:
+            self.weights = {name: value.clone() for name, value in keywords["model"].state_dict().items()}
+
+
+def trainer_for(
+    folder: Path, model: nn.Module, transition: Transition, callbacks: tuple[Any, ...] = (), **changes: Any
+) -> Any:
+    data = examples()
+    callback = TransitionCallback(transition)
+    return Trainer(
+        model=model,
+        args=arguments(folder, **changes),
+        train_dataset=data,
+        eval_dataset=data[:16],
+        callbacks=[callback, *callbacks],
+    )
+
+
+def prepared(dropout: float = 0.1, steps: int | str = "40%", technique: Any = None) -> tuple[Any, Transition]:
+    model = bert(dropout)
+    return model, vanishing.prepare(model, technique or MagnitudePruning(0.5), steps=steps, ignore=["classifier"])
+
+
+def test_the_trainer_and_a_plain_loop_train_the_same_model(tmp_path: Path) -> None:
+    model, transition = prepared(dropout=0.0)
+    watch = BetaAtEachStep(transition)
+    run = trainer_for(
+        tmp_path,
+        model,
+        transition,
+        (watch,),
+        max_grad_norm=0,
+        train_sampling_strategy="sequential",
+        optim="adamw_torch",
+    )
+    run.train()
+
+    plain, by_hand = prepared(dropout=0.0, steps=round(0.4 * STEPS))
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    data, betas = examples(), []
+    plain.train()
+    for step in range(STEPS):
+        start = step * BATCH % EXAMPLES
+        rows = data[start : start + BATCH]
+        plain(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        by_hand.step()
+        betas.append(by_hand.beta)
+
+    assert watch.betas == betas
+    assert betas[9] == 0.0 < betas[8]
+    expected = plain.state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_beta_follows_optimizer_steps_whatever_is_accumulated(accumulation: int, tmp_path: Path) -> None:
+    model, transition = prepared(steps=5)
+    watch = BetaAtEachStep(transition)
+    trainer_for(tmp_path, model, transition, (watch,), gradient_accumulation_steps=accumulation).train()
+    assert len(watch.betas) == STEPS // accumulation
+    assert watch.betas[:6] == [0.8, 0.6, 0.4, 0.19999999999999996, 0.0, 0.0]
+    transition.finish()
+
+
+@pytest.mark.parametrize("stop", [4, 10, 19, 21])
+@pytest.mark.parametrize("technique", [MagnitudePruning(0.5), LowRank(rank=4)], ids=["pruning", "low rank"])
+def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(technique: Any, stop: int, tmp_path: Path) -> None:
+    whole, transition = prepared(technique=technique)
+    trainer_for(tmp_path / "whole", whole, transition, save_strategy="steps", save_steps=stop).train()
+    transition.finish()
+
+    # A run that was killed just after its checkpoint: nothing of it is left but the folder.
+    checkpoint = tmp_path / "whole" / f"checkpoint-{stop}"
+    resumed, transition = prepared(technique=technique)
+    run = trainer_for(tmp_path / "resumed", resumed, transition)
+    run.train(resume_from_checkpoint=str(checkpoint))
+    transition.finish()
+    expected = whole.state_dict()
+    assert expected.keys() == resumed.state_dict().keys()
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_evaluation_is_of_the_shipped_form_and_of_the_blend(tmp_path: Path) -> None:
+    model, transition = prepared(steps=10, technique=MagnitudePruning(0.95))
+    run = trainer_for(tmp_path, model, transition, per_device_eval_batch_size=16)
+    transition.seek(4)
+    metrics = run.evaluate()
+    model.eval()
+    rows = examples()[:16]
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    with torch.no_grad():
+        blend = model(**batch).loss.item()
+        with transition.compressed():
+            shipped = model(**batch).loss.item()
+    assert metrics["eval_loss"] == pytest.approx(shipped, rel=1e-6)
+    assert metrics["eval_blend_loss"] == pytest.approx(blend, rel=1e-6)
+    assert shipped != pytest.approx(blend, rel=1e-4)
+    transition.seek(10)
+    assert "eval_blend_loss" not in run.evaluate()
+    transition.finish()
+    assert run.evaluate().keys() >= {"eval_loss"}
+
+
+def test_the_log_shows_beta_and_the_gap_with_the_loss(tmp_path: Path) -> None:
+    model, transition = prepared(steps=4)
+    run = trainer_for(tmp_path, model, transition)
+    run.train()
+    entries = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [entry["beta"] for entry in entries[:5]] == [0.75, 0.5, 0.25, 0.0, 0.0]
+    weights = [
+        (module.parametrizations.weight.original.detach(), module.weight.detach())  # type: ignore[union-attr,operator]
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and hasattr(module, "parametrizations")
+    ]
+    gaps = [((compressed - original).norm() / original.norm()).item() for original, compressed in weights]
+    assert transition.gap() == pytest.approx(sum(gaps) / len(gaps), rel=1e-5)
+    assert 0.1 < entries[-1]["gap"] < 0.9
+
+
+def test_the_best_model_is_one_of_the_compressed_ones(tmp_path: Path) -> None:
+    model, transition = prepared(steps=12)
+    run = trainer_for(
+        tmp_path,
+        model,
+        transition,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    # Every evaluation is worse than the one before, so that the first one is best.
+    falling = itertools.count(0, -1)
+    run.compute_metrics = lambda _: {"score": next(falling)}
+    at_12 = WeightsAtStep(12)
+    run.add_callback(at_12)
+    run.train()
+    assert run.state.best_global_step == 12
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-12")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, at_12.weights[name]), name
+    transition.finish()
+
+
+def test_early_stopping_waits_for_the_end_of_the_transition(tmp_path: Path) -> None:
+    model, transition = prepared(steps=12)
+    run = trainer_for(
+        tmp_path,
+        model,
+        transition,
+        (EarlyStoppingCallback(early_stopping_patience=1),),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        learning_rate=0.5,
+        metric_for_best_model="loss",
+    )
+    run.train()
+    assert 12 < run.state.global_step < STEPS
+    transition.finish()
+
+
+def test_a_checkpoint_counts_only_when_it_was_written_to_its_end(tmp_path: Path) -> None:
+    assert last_complete_checkpoint(tmp_path / "nothing") is None
+    model, transition = prepared()
+    trainer_for(tmp_path, model, transition, save_strategy="steps", save_steps=10).train()
+    newest = tmp_path / f"checkpoint-{STEPS}"
+    assert last_complete_checkpoint(tmp_path) == str(newest)
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    (tmp_path / "checkpoint-20" / "vanishing_complete.json").unlink()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    os.remove(tmp_path / "checkpoint-10" / "optimizer.pt")
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_training_shorter_than_the_fade_is_refused_before_it_begins(tmp_path: Path) -> None:
+    model, transition = prepared(steps=STEPS + 1)
+    run = trainer_for(tmp_path, model, transition)
+    with pytest.raises(TransitionError, match=rf"ends at optimizer step {STEPS + 1} and the training at step {STEPS}"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_the_trainer_must_have_the_prepared_model(tmp_path: Path) -> None:
+    _, transition = prepared()
+    with pytest.raises(TransitionError, match="another model"):
+        trainer_for(tmp_path, bert(), transition).train()
+
+
+def test_a_checkpoint_without_a_transition_is_refused(tmp_path: Path) -> None:
+    model, transition = prepared()
+    trainer_for(tmp_path, model, transition, save_strategy="steps", save_steps=8).train()
+    state_file = tmp_path / "checkpoint-8" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    del state["stateful_callbacks"]["vanishing"]
+    state_file.write_text(json.dumps(state))
+    model, transition = prepared()
+    with pytest.raises(TransitionError, match="without a TransitionCallback"):
+        trainer_for(tmp_path, model, transition).train(resume_from_checkpoint=str(state_file.parent))
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    model, transition = prepared()
+    trainer_for(tmp_path, model, transition, save_strategy="steps", save_steps=8).train()
+    model, transition = prepared(technique=MagnitudePruning(0.25))
+    with pytest.raises(TransitionError, match="saved with another recipe"):
+        trainer_for(tmp_path, model, transition).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_a_callback_belongs_to_a_trainer() -> None:
+    _, transition = prepared()
+    with pytest.raises(TransitionError, match="must be called by transformers' Trainer"):
+        TransitionCallback(transition).on_train_begin(None, None, None)
