@@ -313,3 +313,17 @@ def test_a_callback_belongs_to_a_trainer() -> None:
     _, transition = prepared()
     with pytest.raises(TransitionError, match="must be called by transformers' Trainer"):
         TransitionCallback(transition).on_train_begin(None, None, None)
+
+
+def test_a_run_resumed_at_its_very_end_trains_no_further(tmp_path: Path) -> None:
+    # In the middle of an epoch, and with a learning rate that is not 0 at the end.
+    changes = {"max_steps": 15, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 15}
+    model, transition = prepared()
+    trainer_for(tmp_path, model, transition, **changes).train()
+    resumed, transition = prepared()
+    run = trainer_for(tmp_path, resumed, transition, **changes)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
+    assert run.state.global_step == 15
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-15"]

@@ -98,11 +98,22 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
         state.stateful_callbacks[_STATE] = self.transition.state_dict()
         self._forget_early_best(state)
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        """Let a training that is resumed at its very end be over: the Trainer would take one step too many."""
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
+            _trainer_of(self).get_batch_samples = _no_batches
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
         """Let no evaluation from before the end of the transition count, not even the epoch's last."""
         self._forget_early_best(state)
+        trainer = vars(_trainer_of(self))
+        if trainer.get("get_batch_samples") is _no_batches:
+            del trainer["get_batch_samples"]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any) -> None:
         """Mark the checkpoint as complete, once every process has written its part."""
@@ -156,6 +167,10 @@ def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     steps = sorted((int(m[1]) for name in names if (m := re.fullmatch(r"checkpoint-(\d+)", name))), reverse=True)
     paths = (Path(folder) / f"checkpoint-{step}" for step in steps)
     return next((str(path) for path in paths if _is_complete(path)), None)
+
+
+def _no_batches(*_: Any) -> tuple[list[Any], None]:
+    return [], None
 
 
 def _mark_complete(folder: Path) -> None:
