@@ -164,15 +164,19 @@ def test_a_learning_rate_schedule_goes_on_through_the_end() -> None:
 
 def test_a_watch_knows_who_made_a_step_until_it_is_closed() -> None:
     model = mlp()
-    watch = OptimizerWatch()
+    calls: list[int] = []
+    watch = OptimizerWatch(lambda: calls.append(len(list(watch.seen))))
     optimizer, late = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
     assert not list(watch.seen)
     model(batch()).sum().backward()
     optimizer.step()
     assert list(watch.seen) == [optimizer]
+    # Before the step, when the optimizer was not known yet.
+    assert calls == [0]
     watch.close()
     late.step()
     assert list(watch.seen) == [optimizer]
+    assert calls == [0]
 
 
 def test_joining_twice_and_leaving_what_is_not_there_change_nothing() -> None:

@@ -6,15 +6,16 @@ import dataclasses
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from vanishing.compressors.base import Beta, CompressedWeight
+from vanishing.distributed import is_distributed
 from vanishing.errors import TransitionError
 
 
@@ -51,6 +52,35 @@ class Blend(nn.Module):
         return self
 
 
+class _WithIdle(torch.autograd.Function):
+    """A tensor as it is, through which parameters that have no part in it get a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *idle: Tensor) -> Tensor:
+        ctx.save_for_backward(*idle)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return (gradients[0], *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors))
+
+
+def with_idle(outputs: Any, parameters: Iterable[Tensor]) -> Any:
+    """Return what a form computed, in whose graph the parameters of the form that does not run take part with zeros.
+
+    Among several processes only: `DistributedDataParallel` waits for the gradient of every parameter.
+    """
+    if not (is_distributed() and torch.is_grad_enabled()):
+        return outputs
+    idle = [parameter for parameter in parameters if parameter.requires_grad]
+
+    def tied(leaf: Any) -> Any:
+        counts = isinstance(leaf, Tensor) and leaf.requires_grad and idle
+        return _WithIdle.apply(leaf, *idle) if counts else leaf
+
+    return tree_map(tied, outputs)
+
+
 class BlendedWeight(Blend):
     """The parametrization of one weight: `beta W + (1 - beta) g(W)` (arXiv 2510.09696, equation 1, in weight space).
 
@@ -65,10 +95,10 @@ class BlendedWeight(Blend):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight that the layer uses: the original itself at beta = 1."""
         if not self.fading:
-            return self.form.compress(weight)
+            return with_idle(self.form.compress(weight), [] if self.form.shares_weight else [weight])
         beta = self.current_beta()
         if isinstance(beta, float) and beta == 1.0:
-            return weight
+            return with_idle(weight, self.form.parameters())
         return self.form.blend(weight, beta)
 
 
@@ -162,7 +192,7 @@ def _factored_forward(base_forward: Callable[..., Any], name: str) -> Callable[.
         # Loading or casting may have put another one in its place.
         current.form.factored.borrow_bias(self._parameters.get("bias"))
         replaced: Tensor = current.form.factored(*arguments, **keywords)
-        return replaced
+        return with_idle(replaced, [self.parametrizations[name].original])  # type: ignore[index,union-attr]
 
     return forward
 
@@ -214,10 +244,10 @@ class BlendedBlock(Blend):
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Return `beta f(...) + (1 - beta) g(...)` for every floating tensor of the outputs."""
         if not self.fading:
-            return self.replacement(*arguments, **keywords)
+            return with_idle(self.replacement(*arguments, **keywords), self.original.parameters())
         beta = self.current_beta()
         if isinstance(beta, float) and beta == 1.0:
-            return self.original(*arguments, **keywords)
+            return with_idle(self.original(*arguments, **keywords), self.replacement.parameters())
         before = _versions(arguments, keywords)
         original = self.original(*arguments, **keywords)
         if before != _versions(arguments, keywords):

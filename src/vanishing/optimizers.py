@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 _NAMES = "param_names"
 """The key under which an optimizer that was made from `named_parameters()` keeps the names of a group."""
 
 
 class OptimizerWatch:
-    """Knows every optimizer that has made a step since it was made, without keeping it alive."""
+    """Knows every optimizer that has made a step since it was made, without keeping it alive.
 
-    def __init__(self) -> None:
+    Args:
+        before: called before every step of any optimizer; must not hold what would hold the watch.
+    """
+
+    def __init__(self, before: Callable[[], None]) -> None:
         seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+        def prepare(*_: Any) -> None:
+            before()
 
         def remember(optimizer: Optimizer, *_: Any) -> None:
             seen.add(optimizer)
 
         self.seen = seen
-        self._handle = register_optimizer_step_post_hook(remember)
-        weakref.finalize(self, self._handle.remove)
+        self._handles = (register_optimizer_step_pre_hook(prepare), register_optimizer_step_post_hook(remember))
+        for handle in self._handles:
+            weakref.finalize(self, handle.remove)
 
     def close(self) -> None:
         """Stop watching."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 def held_ids(optimizers: Iterable[Optimizer]) -> set[int]:

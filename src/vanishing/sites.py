@@ -19,6 +19,7 @@ from vanishing.blend import (
 )
 from vanishing.compressors import CompressedWeight, Compressor
 from vanishing.compressors.low_rank import LowRankWeight
+from vanishing.distributed import whole
 from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import ConfigError, TransitionError
 from vanishing.layers import Factored
@@ -71,6 +72,18 @@ class Site(ABC):
     def new_parameters(self) -> list[nn.Parameter]:
         """The parameters that only the compressed form has."""
 
+    @property
+    @abstractmethod
+    def replaced_parameters(self) -> list[nn.Parameter]:
+        """The parameters that only the original form has."""
+
+    @property
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the form that has no part in what is computed now."""
+        if not self.blend.fading:
+            return self.replaced_parameters
+        return self.new_parameters if self.blend.beta == 1.0 else []
+
 
 class WeightSite(Site):
     """A weight, blended in weight space, with every layer that holds it."""
@@ -98,7 +111,7 @@ class WeightSite(Site):
     @torch.no_grad()
     def gap(self) -> float:
         """Return the distance of the compressed weight from the latent one, as a share of the latter's norm."""
-        weight = self.weight
+        weight = whole(self.weight)
         distance = (self.blend.form.compress(weight) - weight).norm()
         return float(distance / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny))
 
@@ -119,6 +132,10 @@ class WeightSite(Site):
     def new_parameters(self) -> list[nn.Parameter]:
         shared = {id(p) for module, _ in self.planned.owners for p in module._parameters.values()}
         return [p for p in self.blend.parameters() if id(p) not in shared]
+
+    @property
+    def replaced_parameters(self) -> list[nn.Parameter]:
+        return [] if self.blend.form.shares_weight else self.original_parameters
 
     def install(self, places: Places) -> None:
         for module, name in self.planned.owners:
@@ -196,6 +213,11 @@ class BlockSite(Site):
     def new_parameters(self) -> list[nn.Parameter]:
         held = {id(p) for p in self.blend.original.parameters()}
         return [p for p in self.blend.replacement.parameters() if id(p) not in held]
+
+    @property
+    def replaced_parameters(self) -> list[nn.Parameter]:
+        kept = {id(p) for p in self.blend.replacement.parameters()}
+        return [p for p in self.blend.original.parameters() if id(p) not in kept]
 
     def install(self, places: Places) -> None:
         places.put(self.blend.original, self.blend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from vanishing.batchnorm import reestimate_batchnorm, tried_out
 from vanishing.compressors import Compressor, Moment, WeightCompressor
+from vanishing.distributed import is_distributed, is_sharded
 from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import TransitionError
 from vanishing.inputs import call
@@ -115,7 +116,8 @@ class Transition:
         self._set_schedules(recipe.resolved(_ANY_LENGTH))
         self._ended: str | None = None
         self._length: int | None = None
-        self._optimizers = OptimizerWatch()
+        # A weak method, as the hook of the watch lives as long as the watch.
+        self._optimizers = OptimizerWatch(_called_weakly(self._drop_idle_gradients))
         self._checked_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     # The clock
@@ -275,6 +277,11 @@ class Transition:
         """
         self._require_active()
         self._require_length()
+        if any(is_sharded(p) for p in self.model.parameters()):
+            raise TransitionError(
+                "finish: the model's weights are spread over processes. Call "
+                "vanishing.integrations.fsdp.finish_gathered(transition, build) in every process instead."
+            )
         if not (self.done or force):
             raise TransitionError(
                 f"finish: {self.end - self._step} of {self.end} optimizer steps remain until the compressed form "
@@ -432,6 +439,21 @@ class Transition:
         stays = {id(p) for p in self.model.parameters()}
         leave(self._optimizers.seen, [p for p in parameters if id(p) not in stays])
 
+    def _drop_idle_gradients(self) -> None:
+        """Leave parameters of the form that does not run without a gradient, not with the zeros of `with_idle`."""
+        if not is_distributed():
+            return
+        idle = [p for site in self._sites if isinstance(site, WeightSite) for p in site.idle_parameters]
+        blocks = [site for site in self._sites if not isinstance(site, WeightSite) and site.idle_parameters]
+        if blocks:
+            # A block may share parameters with what is outside of it and runs.
+            inside = {id(module) for site in blocks for module in site.blend.modules()}
+            outside = [m for m in self.model.modules() if id(m) not in inside]
+            running = {id(p) for module in outside for p in module.parameters(recurse=False)}
+            idle += [p for site in blocks for p in site.idle_parameters if id(p) not in running]
+        for parameter in idle:
+            parameter.grad = None
+
     def _check_optimizers(self) -> None:
         """Raise if the optimizers that trained the model do not hold what is new in it."""
         if all(optimizer in self._checked_optimizers for optimizer in self._optimizers.seen):
@@ -468,3 +490,14 @@ class Transition:
 def _merged(first: FinishedLayer, second: FinishedLayer) -> FinishedLayer:
     grids = first.grids | second.grids
     return FinishedLayer(first.compressor, first.structure, first.parameters_before, first.bytes_before, grids)
+
+
+def _called_weakly(method: Callable[[], None]) -> Callable[[], None]:
+    reference = weakref.WeakMethod(method)
+
+    def call_if_alive() -> None:
+        alive = reference()
+        if alive is not None:
+            alive()
+
+    return call_if_alive

@@ -317,7 +317,12 @@ def test_a_callback_belongs_to_a_trainer() -> None:
 
 def test_a_run_resumed_at_its_very_end_trains_no_further(tmp_path: Path) -> None:
     # In the middle of an epoch, and with a learning rate that is not 0 at the end.
-    changes = {"max_steps": 15, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 15}
+    changes: dict[str, Any] = {
+        "max_steps": 15,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "steps",
+        "save_steps": 15,
+    }
     model, transition = prepared()
     trainer_for(tmp_path, model, transition, **changes).train()
     resumed, transition = prepared()

@@ -92,6 +92,8 @@ class CompressedWeight(nn.Module, ABC):
     """How much of the technique is applied, from 0 (none) to 1 (all); below 1 only under a ramp."""
     settled: bool = False
     """Whether fade and ramp are over."""
+    shares_weight: bool = True
+    """Whether the compressed weight is computed from the latent one, and not from parameters alone."""
 
     @abstractmethod
     def compress(self, weight: Tensor) -> Tensor:

@@ -117,6 +117,8 @@ class LowRankWeight(CompressedWeight):
         on_factors: a technique on both factors, fully faded in from the start.
     """
 
+    shares_weight = False
+
     def __init__(
         self, compressor: LowRank, layer: LayerView, *, ramped: bool, on_factors: WeightCompressor | None = None
     ) -> None:

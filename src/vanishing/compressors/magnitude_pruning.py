@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vanishing.compressors.base import CompressedWeight, Gradient, LayerView, Moment, ProjectedWeight, WeightCompressor
 from vanishing.compressors.selection import keep_largest
+from vanishing.distributed import whole
 from vanishing.errors import ConfigError
 from vanishing.granularity import NM, Global, PerChannel, PerTensor
 from vanishing.receipt import Grid
@@ -87,7 +88,7 @@ class MagnitudePruning(WeightCompressor):
                 self._select(form, weight)
 
     def _select(self, form: MaskedWeight, weight: Tensor) -> None:
-        magnitude = form.layout.to_matrix(weight).abs()
+        magnitude = form.layout.to_matrix(whole(weight)).abs()
         if isinstance(self.granularity, PerTensor):
             keep = kept(magnitude.numel(), form.strength * (self.sparsity or 0.0))
             (mask,), form.border = keep_largest([magnitude], keep, form.border)
@@ -103,7 +104,7 @@ class MagnitudePruning(WeightCompressor):
         form.mask.copy_(mask.reshape(form.mask.shape))
 
     def _select_together(self, forms: Sequence[MaskedWeight], weights: Sequence[Tensor]) -> None:
-        magnitudes = [f.layout.to_matrix(w).abs() for f, w in zip(forms, weights, strict=True)]
+        magnitudes = [f.layout.to_matrix(whole(w)).abs() for f, w in zip(forms, weights, strict=True)]
         keep = kept(sum(m.numel() for m in magnitudes), forms[0].strength * (self.sparsity or 0.0))
         masks, border = keep_largest(magnitudes, keep, forms[0].border)
         for form, mask in zip(forms, masks, strict=True):

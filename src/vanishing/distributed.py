@@ -1,0 +1,26 @@
+"""What is different where several processes train one model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that train together."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of a tensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, of which each process may hold a part; then every process has to call this."""
+    sharded: Any = tensor
+    gathered: Tensor = sharded.full_tensor() if is_sharded(tensor) else tensor
+    return gathered

@@ -1,0 +1,121 @@
+"""One training for each technique in one process, or in several by DDP or FSDP2, on CPUs.
+
+As a program, for each process: `python distributed_runs.py FOLDER WAY RANK PROCESSES`. The first one saves the finished
+models to `FOLDER/WAY-TECHNIQUE` and writes the losses of every step to `FOLDER/WAY-TECHNIQUE.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import vanishing
+from vanishing import Binary, Compressor, LinearSchedule, LowRank, MagnitudePruning, Replace, TransitionError
+from vanishing.integrations.fsdp import finish_gathered
+
+STEPS, BATCH = 10, 8
+SCHEDULE = LinearSchedule(start=2, steps=4)
+"""Beta is 1 for some steps, between, and 0 for some."""
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        out: Tensor = x + self.feed_forward(self.norm(x))
+        return out
+
+
+def narrow(block: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 4), nn.GELU(), nn.Linear(4, 16))
+
+
+TECHNIQUES: dict[str, dict[Any, Compressor]] = {
+    "pruning": {"*": MagnitudePruning(0.5)},
+    "binary": {"*": Binary()},
+    "low_rank": {"*.feed_forward.*": LowRank(rank=2)},
+    "replace": {"*.feed_forward": Replace(narrow, name="narrow of distributed runs")},
+}
+
+
+def build() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block(), nn.Linear(16, 3))
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(BATCH, 5, 16, generator=generator), torch.randint(0, 3, (BATCH,), generator=generator))
+        for _ in range(STEPS)
+    ]
+
+
+def train(way: str, technique: str, rank: int, processes: int) -> tuple[nn.Module | None, list[float]]:
+    """Return the finished model and the loss of every step over the whole batch."""
+    model = build()
+    recipe = vanishing.Recipe(TECHNIQUES[technique], schedule=SCHEDULE)
+    transition = vanishing.prepare(model, recipe)
+    wrapped: nn.Module = model
+    if way == "ddp":
+        wrapped = DistributedDataParallel(model)
+    elif way == "fsdp2":
+        for block in model[:2]:
+            fully_shard(block)
+        fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    losses = []
+    if way == "fsdp2":
+        with pytest.raises(TransitionError, match="6 of 6 optimizer steps remain"):
+            finish_gathered(transition, build)
+    for inputs, labels in batches():
+        share = slice(rank, None, processes)
+        loss = nn.functional.cross_entropy(wrapped(inputs[share]).mean(1), labels[share])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        transition.step()
+        total = loss.detach().clone()
+        if processes > 1:
+            dist.all_reduce(total)
+        losses.append(total.item() / processes)
+    if way != "fsdp2":
+        return transition.finish(), losses
+    with pytest.raises(TransitionError, match="spread over processes"):
+        transition.finish()
+    return finish_gathered(transition, build), losses
+
+
+def main() -> None:
+    folder, way = Path(sys.argv[1]), sys.argv[2]
+    rank, processes = int(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+    if processes > 1:
+        meeting = f"file://{folder.resolve() / way}-meeting"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
+    for technique in TECHNIQUES:
+        model, losses = train(way, technique, rank, processes)
+        assert (model is None) == (way == "fsdp2" and rank > 0)
+        if model is not None and rank == 0:
+            vanishing.save(model, folder / f"{way}-{technique}")
+            (folder / f"{way}-{technique}.json").write_text(json.dumps(losses))
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
