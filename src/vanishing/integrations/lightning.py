@@ -1,0 +1,149 @@
+"""Lightning: the clock, the checkpoints, and the evaluation of the model that will be shipped."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from vanishing.errors import TransitionError
+from vanishing.transition import Transition
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+except ImportError as error:
+    raise ImportError(
+        "vanishing.integrations.lightning needs Lightning: pip install 'vanishing[lightning]'."
+    ) from error
+
+
+class TransitionCallback(Callback):
+    """Drives a transition in Lightning's Trainer.
+
+    - The clock stands at the Trainer's `global_step`, the number of optimizer steps; lengths such as "40%" are shares
+      of the Trainer's own length.
+    - Checkpoints hold the transition. Lightning itself goes on exactly from an epoch's end, without dropout: its
+      checkpoints hold neither the state of a plain `DataLoader` nor that of the random numbers.
+    - Validation, test and prediction run what will be shipped (beta = 0).
+    - `beta` and `gap` (`Transition.gap`) are logged as often as the Trainer logs.
+    - `ModelCheckpoint` and `EarlyStopping` forget what they saw before the end of the transition.
+
+    Prepare the `LightningModule` or a module inside of it, with an optimizer that is made in `configure_optimizers`.
+    Afterwards call `transition.finish()`.
+
+    Args:
+        transition: what `prepare` returned.
+    """
+
+    def __init__(self, transition: Transition) -> None:
+        self.transition = transition
+        self._saved: dict[str, Any] | None = None
+        self._judged_at_end = False
+        self._evaluation = contextlib.ExitStack()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the transition, for the Trainer's checkpoints."""
+        state = self.transition.state_dict() if self.transition.active else None
+        return {"transition": state, "judged_at_end": self._judged_at_end}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state from a checkpoint until the length of the training is known."""
+        self._saved = state_dict["transition"]
+        self._judged_at_end = state_dict["judged_at_end"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lay the transition out for the length of the training.
+
+        Raises:
+            TransitionError: the model is not the transition's, or the training is shorter than the transition.
+        """
+        module: nn.Module = pl_module
+        if not any(each is self.transition.model for each in module.modules()):
+            raise TransitionError(
+                "the Trainer fits another model than the one that this transition was prepared for. Prepare the "
+                "LightningModule or a module inside of it."
+            )
+        length = trainer.estimated_stepping_batches
+        if length == float("inf"):
+            # Without an end nothing can be a share of it; the transition says so at the first step.
+            return
+        self.transition.set_length(int(length))
+        if self.transition.end > length:
+            raise TransitionError(
+                f"the transition ends at optimizer step {self.transition.end} and the training at step {length}. Train "
+                f"longer, or shorten the schedule, for instance to steps='40%'."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the clock to where the Trainer begins.
+
+        Raises:
+            TransitionError: the checkpoint was written without this callback, or with another recipe.
+        """
+        if self._saved is not None:
+            self.transition.load_state_dict(self._saved)
+            self._saved = None
+        elif trainer.global_step:
+            raise TransitionError(
+                f"the checkpoint of step {trainer.global_step} was written without a TransitionCallback, so it holds "
+                f"no transition. Resume from one that does, or start anew."
+            )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Move the clock."""
+        self.transition.seek(trainer.global_step)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            gap = self.transition.gap()
+            values = {"beta": self.transition.beta} | ({} if gap is None else {"gap": gap})
+            pl_module.log_dict({name: torch.tensor(value) for name, value in values.items()})
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate what will be shipped; until that was once what is trained, let nothing be the best."""
+        if not self._judged_at_end and self.transition.active:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                _forget(callback)
+            self._judged_at_end = self.transition.done
+        self._begin_evaluation()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back to the blend."""
+        self._evaluation.close()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate what will be shipped."""
+        self._begin_evaluation()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back to the blend."""
+        self._evaluation.close()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Predict with what will be shipped."""
+        self._begin_evaluation()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back to the blend."""
+        self._evaluation.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Go back to the blend, where an evaluation was broken off."""
+        self._evaluation.close()
+
+    def _begin_evaluation(self) -> None:
+        if self.transition.active:
+            self._evaluation.enter_context(self.transition.compressed())
+
+
+def _forget(callback: Callback) -> None:
+    """Let a callback that keeps the best value have seen none."""
+    if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+        callback.best_k_models = {}
+        callback.best_model_path = callback.kth_best_model_path = ""
+        callback.best_model_score = None
+        callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+    elif isinstance(callback, EarlyStopping):
+        callback.wait_count = 0
+        callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
