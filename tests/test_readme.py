@@ -10,6 +10,8 @@ import pytest
 README = Path(__file__).parents[1] / "README.md"
 
 
+# The Trainer's default for machines with a GPU.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 def test_the_readme_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
