@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -359,12 +361,28 @@ def test_a_training_has_one_length() -> None:
     for wrong in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="at least 1"):
             transition.set_length(wrong)  # type: ignore[arg-type]
+    # Before the first step another length may be tried, as when a smaller batch makes a training longer.
     transition.set_length(20)
+    transition.set_length(30)
+    assert transition.end == 12
     transition.set_length(20)
-    with pytest.raises(vanishing.TransitionError, match="laid out for a training of 20 optimizer steps"):
+    transition.step()
+    transition.set_length(20)
+    with pytest.raises(vanishing.TransitionError, match="under way, laid out for another length"):
         transition.set_length(30)
+    assert transition.end == 8
     # Steps are steps, however long the training is.
     vanishing.prepare(small_model(), Binary(), steps=4).set_length(3)
+
+
+def test_a_length_may_compress_at_once() -> None:
+    model = small_model()
+    transition = vanishing.prepare(model, Recipe({"*": Binary()}, schedule=StepSchedule(at="1%")))
+    assert transition.beta == 1.0
+    transition.set_length(20)
+    assert transition.beta == 0.0
+    layer: Any = model.get_submodule("2")
+    assert len(layer.weight.abs().unique()) == 4
 
 
 def test_the_gap_is_the_mean_distance_from_the_original_weights() -> None:

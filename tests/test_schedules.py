@@ -232,8 +232,14 @@ def test_a_share_is_that_part_of_the_training_to_the_nearest_step(
     assert not schedule.is_relative
     assert abs(schedule.begin - start / 1000 * length) <= 0.5 + 1e-6
     # A fall takes a step at least.
-    assert abs(schedule.end - schedule.begin - max(steps / 1000 * length, 1)) <= 0.5 + 1e-6
+    assert abs(schedule.end - max((start + steps) / 1000 * length, schedule.begin + 1)) <= 0.5 + 1e-6
     assert schedule.resolved(2 * length) == schedule
+
+
+@given(st.integers(1, 99), st.integers(1, 10**6))
+def test_shares_of_100_percent_together_end_with_the_training(start: int, length: int) -> None:
+    schedule = LinearSchedule(start=f"{start}%", steps=f"{100 - start}%").resolved(length)
+    assert schedule.end == max(length, schedule.begin + 1)
 
 
 def test_a_step_schedule_at_a_share() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from vanishing.compressors.base import Beta, CompressedWeight
 from vanishing.distributed import is_distributed
@@ -65,20 +65,29 @@ class _WithIdle(torch.autograd.Function):
         return (gradients[0], *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors))
 
 
-def with_idle(outputs: Any, parameters: Iterable[Tensor]) -> Any:
-    """Return what a form computed, in whose graph the parameters of the form that does not run take part with zeros.
+def with_idle(values: Any, parameters: Iterable[Tensor], *, copy: bool = False) -> Any:
+    """Return tensors in whose graph the parameters of the form that does not run take part, with zeros.
 
     Among several processes only: `DistributedDataParallel` waits for the gradient of every parameter.
+
+    Args:
+        values: what a form computes from, or what it computed: any nesting of tensors that can be blended.
+        parameters: those of the other form.
+        copy: whether the model may write into the result, which must not be a view then.
     """
     if not (is_distributed() and torch.is_grad_enabled()):
-        return outputs
+        return values
     idle = [parameter for parameter in parameters if parameter.requires_grad]
+    if not idle:
+        return values
 
-    def tied(leaf: Any) -> Any:
-        counts = isinstance(leaf, Tensor) and leaf.requires_grad and idle
-        return _WithIdle.apply(leaf, *idle) if counts else leaf
+    def tied(leaf: Tensor, _: Tensor, __: str) -> Tensor:
+        if not leaf.is_floating_point():
+            return leaf
+        result: Tensor = _WithIdle.apply(leaf, *idle)
+        return result.clone() if copy else result
 
-    return tree_map(tied, outputs)
+    return _combined(values, values, "", tied)
 
 
 class BlendedWeight(Blend):
@@ -191,8 +200,10 @@ def _factored_forward(base_forward: Callable[..., Any], name: str) -> Callable[.
             return output
         # Loading or casting may have put another one in its place.
         current.form.factored.borrow_bias(self._parameters.get("bias"))
+        idle = [self.parametrizations[name].original]  # type: ignore[index,union-attr]
+        arguments, keywords = with_idle((arguments, keywords), idle)
         replaced: Tensor = current.form.factored(*arguments, **keywords)
-        return with_idle(replaced, [self.parametrizations[name].original])  # type: ignore[index,union-attr]
+        return replaced
 
     return forward
 
@@ -244,10 +255,10 @@ class BlendedBlock(Blend):
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Return `beta f(...) + (1 - beta) g(...)` for every floating tensor of the outputs."""
         if not self.fading:
-            return with_idle(self.replacement(*arguments, **keywords), self.original.parameters())
+            return with_idle(self.replacement(*arguments, **keywords), self.original.parameters(), copy=True)
         beta = self.current_beta()
         if isinstance(beta, float) and beta == 1.0:
-            return with_idle(self.original(*arguments, **keywords), self.replacement.parameters())
+            return with_idle(self.original(*arguments, **keywords), self.replacement.parameters(), copy=True)
         before = _versions(arguments, keywords)
         original = self.original(*arguments, **keywords)
         if before != _versions(arguments, keywords):
@@ -314,12 +325,16 @@ def blend_outputs(original: Any, replacement: Any, beta: Beta, path: str) -> Any
     Raises:
         TransitionError: the two differ in structure or in the shape of a tensor.
     """
+    return _combined(original, replacement, path, lambda f, g, where: _blend_tensors(f, g, beta, where))
+
+
+def _combined(original: Any, replacement: Any, path: str, combine: Callable[[Tensor, Tensor, str], Tensor]) -> Any:
     if isinstance(original, Tensor) and isinstance(replacement, Tensor):
-        return _blend_tensors(original, replacement, beta, path)
+        return combine(original, replacement, path)
     if isinstance(original, Mapping) and isinstance(replacement, Mapping):
         if set(original) != set(replacement):
             raise _mismatch(path, f"keys {sorted(original)}", f"keys {sorted(replacement)}")
-        items = {k: blend_outputs(original[k], replacement[k], beta, f"{path}[{k!r}]") for k in original}
+        items = {k: _combined(original[k], replacement[k], f"{path}[{k!r}]", combine) for k in original}
         # transformers' outputs are ordered mappings that are also dataclasses, and are made from keywords.
         if isinstance(original, defaultdict):
             return defaultdict(original.default_factory, items)
@@ -328,11 +343,11 @@ def blend_outputs(original: Any, replacement: Any, beta: Beta, path: str) -> Any
         if len(original) != len(replacement):
             raise _mismatch(path, f"{len(original)} items", f"{len(replacement)} items")
         pairs = enumerate(zip(original, replacement, strict=True))
-        sequence = [blend_outputs(a, b, beta, f"{path}[{i}]") for i, (a, b) in pairs]
+        sequence = [_combined(a, b, f"{path}[{i}]", combine) for i, (a, b) in pairs]
         return type(original)(*sequence) if hasattr(original, "_fields") else type(original)(sequence)
     if dataclasses.is_dataclass(original) and type(original) is type(replacement):
         names = [f.name for f in dataclasses.fields(original)]
-        values = {n: blend_outputs(getattr(original, n), getattr(replacement, n), beta, f"{path}.{n}") for n in names}
+        values = {n: _combined(getattr(original, n), getattr(replacement, n), f"{path}.{n}", combine) for n in names}
         return dataclasses.replace(original, **values)  # type: ignore[type-var]
     if _holds_tensors(original) or _holds_tensors(replacement):
         raise _mismatch(path, type(original).__name__, type(replacement).__name__)

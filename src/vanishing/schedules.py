@@ -54,7 +54,7 @@ class Schedule(Config, ABC):
     @property
     def is_relative(self) -> bool:
         """Whether a length is a share of the training, so that there is no value before `resolved`."""
-        return bool(self._shares())
+        return False
 
     def resolved(self, length: int) -> Self:
         """Return the schedule for a training of `length` optimizer steps, its shares rounded to steps.
@@ -62,13 +62,7 @@ class Schedule(Config, ABC):
         >>> LinearSchedule(steps="40%", start="10%").resolved(1000)
         LinearSchedule(steps=400, start=100)
         """
-        steps = {name: round(length * float(share.rstrip("%")) / 100) for name, share in self._shares().items()}
-        # A fall takes a step at least.
-        return dataclasses.replace(self, **{name: max(n, int(name == "steps")) for name, n in steps.items()})
-
-    def _shares(self) -> dict[str, str]:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, str)}
+        return self
 
     def __call__(self, step: int) -> float:
         """Return the value at an optimizer step (the number of optimizer steps already done).
@@ -94,6 +88,16 @@ class Fade(Schedule):
 
     steps: Steps
     start: Start = 0
+
+    @property
+    def is_relative(self) -> bool:
+        return isinstance(self.start, str) or isinstance(self.steps, str)
+
+    def resolved(self, length: int) -> Self:
+        start = _exact(self.start, length)
+        # The end is rounded and not the fall, so that shares of 100 % together end with the training.
+        end = round(start + _exact(self.steps, length))
+        return dataclasses.replace(self, start=round(start), steps=max(end - round(start), 1))
 
     @property
     def begin(self) -> int:
@@ -167,6 +171,13 @@ class StepSchedule(Schedule):
     ]
 
     @property
+    def is_relative(self) -> bool:
+        return isinstance(self.at, str)
+
+    def resolved(self, length: int) -> Self:
+        return dataclasses.replace(self, at=round(_exact(self.at, length)))
+
+    @property
     def begin(self) -> int:
         return _known(self.at) - 1
 
@@ -176,6 +187,10 @@ class StepSchedule(Schedule):
 
     def shape(self, progress: float) -> float:
         raise AssertionError("a step has no interior")
+
+
+def _exact(steps: int | str, length: int) -> float:
+    return length * float(steps.rstrip("%")) / 100 if isinstance(steps, str) else steps
 
 
 def _known(steps: int | str) -> int:

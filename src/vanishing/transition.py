@@ -115,7 +115,7 @@ class Transition:
         # At the first step the length of the training makes no difference.
         self._set_schedules(recipe.resolved(_ANY_LENGTH))
         self._ended: str | None = None
-        self._length: int | None = None
+        self._relative = recipe
         # A weak method, as the hook of the watch lives as long as the watch.
         self._optimizers = OptimizerWatch(_called_weakly(self._drop_idle_gradients))
         self._checked_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -150,20 +150,23 @@ class Transition:
             steps: optimizer steps of the whole training.
 
         Raises:
-            TransitionError: the transition is over, or has another length already.
+            TransitionError: the transition is over, or is under way with another length.
             ValueError: a length below 1.
         """
         self._require_active()
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"set_length(steps={steps!r}): steps is a number of optimizer steps, at least 1.")
-        if self.recipe.is_relative:
-            self.recipe = self.recipe.resolved(steps)
-            self._length = steps
-            self._set_schedules(self.recipe)
-        elif self._length not in (None, steps):
+        recipe = self._relative.resolved(steps)
+        if recipe == self.recipe:
+            return
+        if self._step > 0:
             raise TransitionError(
-                f"set_length({steps}): this transition was laid out for a training of {self._length} optimizer steps."
+                f"set_length({steps}): the training is under way, laid out for another length. Give it at step 0."
             )
+        self.recipe = recipe
+        self._set_schedules(recipe)
+        self._set_strengths()
+        self._set_betas()
 
     @property
     def done(self) -> bool:
@@ -178,13 +181,15 @@ class Transition:
     def gap(self) -> float | None:
         """Return how far the compressed weights are from their originals: the mean over weights of |g(W) - W| / |W|.
 
-        Frobenius norms; None where only whole blocks are replaced, whose outputs would have to be compared.
+        Frobenius norms. Left out are blocks, whose outputs would have to be compared, and factors that are spread over
+        processes; None if nothing else is there.
 
         Raises:
             TransitionError: the transition is over.
         """
         self._require_active()
-        gaps = [site.gap() for site in self._sites if isinstance(site, WeightSite)]
+        weights = [site for site in self._sites if isinstance(site, WeightSite)]
+        gaps = [site.gap() for site in weights if not any(is_sharded(p) for p in site.new_parameters)]
         return sum(gaps) / len(gaps) if gaps else None
 
     def step(self) -> None:
@@ -249,7 +254,7 @@ class Transition:
             self._require_length()
             raise TransitionError(
                 f"the state was saved with another recipe, {state['recipe']}. Prepare the model with that one to "
-                f"resume."
+                f"resume; where a schedule is a share of the training, train for as long as before."
             )
         self._step = state["steps_done"]
         self._set_strengths()

@@ -32,11 +32,13 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(16)
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.feed_forward = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        # One that writes into the output of what is compressed.
+        self.feed_forward = nn.Sequential(nn.Linear(16, 32), nn.ReLU(inplace=True), nn.Linear(32, 16))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(x, x, x, need_weights=False)[0]
-        out: Tensor = x + self.feed_forward(self.norm(x))
+        out: Tensor = self.feed_forward(self.norm(x))
+        out += x
         return out
 
 
@@ -89,6 +91,7 @@ def train(way: str, technique: str, rank: int, processes: int) -> tuple[nn.Modul
         optimizer.step()
         optimizer.zero_grad()
         transition.step()
+        transition.gap()
         total = loss.detach().clone()
         if processes > 1:
             dist.all_reduce(total)

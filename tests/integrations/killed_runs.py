@@ -55,7 +55,7 @@ def run(folder: Path) -> None:
             lr_scheduler_type="constant",
             save_strategy="steps",
             save_steps=3,
-            save_total_limit=2,
+            save_total_limit=1,
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,

@@ -8,14 +8,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 pytest.importorskip("lightning")
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 import vanishing
-from vanishing import LowRank, MagnitudePruning, Transition, TransitionError
+from vanishing import (
+    LinearSchedule,
+    LowRank,
+    MagnitudePruning,
+    Quantization,
+    Recipe,
+    StepSchedule,
+    Transition,
+    TransitionError,
+)
 from vanishing.integrations.lightning import TransitionCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -46,7 +55,7 @@ class Classifier(LightningModule):
         inputs, labels = batch
         return nn.functional.cross_entropy(self.network(inputs), labels)
 
-    def training_step(self, batch: Any, index: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.loss(batch)
 
     def validation_step(self, batch: Any, index: int) -> None:
@@ -176,8 +185,61 @@ def test_the_best_checkpoint_and_early_stopping_wait_for_the_end(tmp_path: Path)
     run.fit(module, train_loader(), whole())
     # The fade ends at step 8; the first evaluation from there on is the best, and three worse ones follow.
     assert best.best_model_path == str(tmp_path / "step=8.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["step=8.ckpt"]
     assert run.global_step == 14
     transition.finish()
+
+
+def test_what_is_best_by_a_training_metric_waits_as_well(tmp_path: Path) -> None:
+    module, transition = prepared(steps=25)
+    module.training_step = lambda batch, batch_idx: rising(module, batch)  # type: ignore[method-assign]
+    best = ModelCheckpoint(dirpath=tmp_path, filename="{step}", monitor="train_loss", save_top_k=1)
+    stop = EarlyStopping("train_loss", patience=1, check_on_train_epoch_end=True)
+    run = trainer_for(tmp_path, transition, best, stop, max_epochs=6)
+    run.fit(module, train_loader())
+    # Epochs end at steps 10, 20, 30 and on: the third is the first one after the fade.
+    assert best.best_model_path == str(tmp_path / "step=30.ckpt")
+    assert run.global_step == 40
+    # On with the same Trainer.
+    transition.finish()
+    run.fit_loop.max_epochs = 7
+    run.should_stop = False
+    run.fit(module, train_loader())
+
+
+def rising(module: Classifier, batch: Any) -> Tensor:
+    module.log("train_loss", torch.tensor(float(module.global_step)))
+    return module.loss(batch)
+
+
+def test_a_training_without_a_known_length_takes_steps_only(tmp_path: Path) -> None:
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(data())
+
+    module, transition = prepared(steps=4)
+    endless: Any = DataLoader(Endless(), batch_size=BATCH)
+    trainer_for(tmp_path, transition, log_every_n_steps=0).fit(module, endless)
+    assert transition.done
+    module, transition = prepared(steps="40%")
+    with pytest.raises(TransitionError, match="length is not known"):
+        trainer_for(tmp_path, transition).fit(module, endless)
+
+
+def test_a_checkpoint_is_tested_as_it_was_in_training(tmp_path: Path) -> None:
+    recipe = Recipe({"*": Quantization(bits=2)}, schedule=StepSchedule(at=0), ramp=LinearSchedule(steps=5))
+    module = Classifier()
+    transition = vanishing.prepare(module.network, recipe)
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="{step}")
+    run = trainer_for(tmp_path, transition, keep)
+    run.fit(module, train_loader())
+    expected = run.test(module, whole(), verbose=False)[0]["val_loss"]
+    fresh = Classifier()
+    again = vanishing.prepare(fresh.network, recipe)
+    path = str(tmp_path / f"step={STEPS}.ckpt")
+    got = trainer_for(tmp_path, again).test(fresh, whole(), ckpt_path=path, verbose=False)[0]["val_loss"]
+    assert got == pytest.approx(expected, rel=1e-6)
+    assert again.steps_done == STEPS
 
 
 def test_beta_and_the_gap_are_logged(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from vanishing.blend import BlendedWeight
 from vanishing.compressors.base import Beta, CompressedWeight, LayerView, Moment, WeightCompressor
+from vanishing.distributed import whole
 from vanishing.errors import ConfigError
 from vanishing.layers.base import Factored, LayerKind, Layout
 from vanishing.receipt import Grid
@@ -180,7 +181,8 @@ class LowRankWeight(CompressedWeight):
         if rank > left:
             # The clock was set back: those that were dropped are as they were then.
             kept.fill_(1.0)
-        norms = self.factors.left.norm(dim=1).square().sum(0) * self.factors.right.norm(dim=2).square().sum(0)
+        columns, rows = whole(self.factors.left), whole(self.factors.right)
+        norms = columns.norm(dim=1).square().sum(0) * rows.norm(dim=2).square().sum(0)
         chosen = norms.where(kept > 0, -1.0).topk(rank).indices
         kept.zero_().index_fill_(0, chosen, 1.0)
 

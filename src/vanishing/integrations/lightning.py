@@ -14,6 +14,7 @@ from vanishing.transition import Transition
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as error:
     raise ImportError(
         "vanishing.integrations.lightning needs Lightning: pip install 'vanishing[lightning]'."
@@ -41,18 +42,16 @@ class TransitionCallback(Callback):
     def __init__(self, transition: Transition) -> None:
         self.transition = transition
         self._saved: dict[str, Any] | None = None
-        self._judged_at_end = False
+        self._step_logged = 0
         self._evaluation = contextlib.ExitStack()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the transition, for the Trainer's checkpoints."""
-        state = self.transition.state_dict() if self.transition.active else None
-        return {"transition": state, "judged_at_end": self._judged_at_end}
+        return {"transition": self.transition.state_dict() if self.transition.active else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state from a checkpoint until the length of the training is known."""
         self._saved = state_dict["transition"]
-        self._judged_at_end = state_dict["judged_at_end"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay the transition out for the length of the training.
@@ -60,6 +59,8 @@ class TransitionCallback(Callback):
         Raises:
             TransitionError: the model is not the transition's, or the training is shorter than the transition.
         """
+        if not self.transition.active:
+            return
         module: nn.Module = pl_module
         if not any(each is self.transition.model for each in module.modules()):
             raise TransitionError(
@@ -67,8 +68,8 @@ class TransitionCallback(Callback):
                 "LightningModule or a module inside of it."
             )
         length = trainer.estimated_stepping_batches
-        if length == float("inf"):
-            # Without an end nothing can be a share of it; the transition says so at the first step.
+        if not 1 <= length < float("inf"):
+            # It is not known. Where a schedule is a share of it, the transition says so at the first step.
             return
         self.transition.set_length(int(length))
         if self.transition.end > length:
@@ -83,30 +84,40 @@ class TransitionCallback(Callback):
         Raises:
             TransitionError: the checkpoint was written without this callback, or with another recipe.
         """
-        if self._saved is not None:
-            self.transition.load_state_dict(self._saved)
-            self._saved = None
-        elif trainer.global_step:
+        if not self.transition.active:
+            return
+        resumed = trainer.ckpt_path is not None
+        saved, self._saved = self._saved, None
+        if resumed and saved is not None:
+            self.transition.load_state_dict(saved)
+        elif resumed and trainer.global_step:
             raise TransitionError(
                 f"the checkpoint of step {trainer.global_step} was written without a TransitionCallback, so it holds "
                 f"no transition. Resume from one that does, or start anew."
             )
+        else:
+            self.transition.seek(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        """Move the clock."""
-        self.transition.seek(trainer.global_step)
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        """Move the clock, and let no evaluation from before the end of the transition be the best."""
+        step: int = trainer.global_step
+        if not self.transition.active:
+            return
+        self.transition.seek(step)
+        # This step's own evaluation is still to come.
+        if step <= self.transition.end:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                _forget_best(callback, trainer)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step % every == 0 and step != self._step_logged:
+            self._step_logged = step
             gap = self.transition.gap()
             values = {"beta": self.transition.beta} | ({} if gap is None else {"gap": gap})
             pl_module.log_dict({name: torch.tensor(value) for name, value in values.items()})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate what will be shipped; until that was once what is trained, let nothing be the best."""
-        if not self._judged_at_end and self.transition.active:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                _forget(callback)
-            self._judged_at_end = self.transition.done
-        self._begin_evaluation()
+        """Evaluate what will be shipped."""
+        self._begin_evaluation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go back to the blend."""
@@ -114,7 +125,7 @@ class TransitionCallback(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate what will be shipped."""
-        self._begin_evaluation()
+        self._begin_evaluation(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go back to the blend."""
@@ -122,7 +133,7 @@ class TransitionCallback(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Predict with what will be shipped."""
-        self._begin_evaluation()
+        self._begin_evaluation(trainer)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go back to the blend."""
@@ -132,14 +143,22 @@ class TransitionCallback(Callback):
         """Go back to the blend, where an evaluation was broken off."""
         self._evaluation.close()
 
-    def _begin_evaluation(self) -> None:
-        if self.transition.active:
-            self._evaluation.enter_context(self.transition.compressed())
+    def _begin_evaluation(self, trainer: Trainer) -> None:
+        if not self.transition.active:
+            return
+        is_alone = trainer.state.fn != TrainerFn.FITTING and trainer.ckpt_path is not None
+        if is_alone and self._saved is not None:
+            self.transition.load_state_dict(self._saved)
+            self._saved = None
+        self._evaluation.enter_context(self.transition.compressed())
 
 
-def _forget(callback: Callback) -> None:
-    """Let a callback that keeps the best value have seen none."""
-    if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+def _forget_best(callback: Callback, trainer: Trainer) -> None:
+    """Let a callback that keeps the best value have seen none; remove the checkpoints that it kept for it."""
+    if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.best_k_models:
+        if callback.save_top_k > 0:
+            for path in set(callback.best_k_models) - {trainer.ckpt_path}:
+                trainer.strategy.remove_checkpoint(path)
         callback.best_k_models = {}
         callback.best_model_path = callback.kth_best_model_path = ""
         callback.best_model_score = None

@@ -10,7 +10,6 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
 from torch import nn
 
 from vanishing.errors import TransitionError
@@ -25,8 +24,6 @@ except ImportError as error:
 
 _STATE = "vanishing"
 """The name of the transition's state in `trainer_state.json`."""
-_COMPLETE = "vanishing_complete.json"
-"""Written last into a checkpoint's folder: the sizes of all its files."""
 
 
 class TransitionCallback(TrainerCallback):  # type: ignore[misc]
@@ -67,6 +64,8 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
                 checkpoint was written without this callback or with another recipe.
         """
         self._attach(_trainer_of(self))
+        if not self.transition.active:
+            return
         model: nn.Module = keywords["model"]
         if not any(module is self.transition.model for module in model.modules()):
             raise TransitionError(
@@ -93,10 +92,14 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
-        """Move the clock."""
+        """Move the clock, and let no evaluation from before the end of the transition be the best."""
+        if not self.transition.active:
+            return
         self.transition.seek(state.global_step)
         state.stateful_callbacks[_STATE] = self.transition.state_dict()
-        self._forget_early_best(state)
+        # This step's own evaluation is still to come.
+        if state.global_step <= self.transition.end:
+            _forget_best(state)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
@@ -109,23 +112,12 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
-        """Let no evaluation from before the end of the transition count, not even the epoch's last."""
-        self._forget_early_best(state)
+        """Let the last evaluation of a training not count if the transition goes on."""
+        if self.transition.active and not self.transition.done:
+            _forget_best(state)
         trainer = vars(_trainer_of(self))
         if trainer.get("get_batch_samples") is _no_batches:
             del trainer["get_batch_samples"]
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any) -> None:
-        """Mark the checkpoint as complete, once every process has written its part."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            folder = Path(_trainer_of(self)._get_output_dir(None)) / f"checkpoint-{state.global_step}"
-            _mark_complete(folder)
-
-    def _forget_early_best(self, state: TrainerState) -> None:
-        if state.best_global_step is not None and state.best_global_step < self.transition.end:
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def _attach(self, trainer: Any) -> None:
         if trainer in self._attached:
@@ -173,20 +165,17 @@ def _no_batches(*_: Any) -> tuple[list[Any], None]:
     return [], None
 
 
-def _mark_complete(folder: Path) -> None:
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    sizes.pop(_COMPLETE, None)
-    unfinished = folder / f"{_COMPLETE}.partial"
-    unfinished.write_text(json.dumps(sizes, indent=2) + "\n")
-    os.replace(unfinished, folder / _COMPLETE)
+def _forget_best(state: TrainerState) -> None:
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 def _is_complete(folder: Path) -> bool:
-    marker = folder / _COMPLETE
-    if not marker.exists():
+    # The Trainer writes its state last, and removes older checkpoints only then.
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError):
         return False
-    sizes: dict[str, int] = json.loads(marker.read_text())
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+    return True
 
 
 def _trainer_of(callback: TransitionCallback) -> Any:
