@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -172,6 +175,39 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(technique: Any,
     assert expected.keys() == resumed.state_dict().keys()
     for name, value in resumed.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_tied_weights_that_are_compressed_together_are_in_the_checkpoint_once(tmp_path: Path) -> None:
+    def tied() -> tuple[Any, Transition]:
+        torch.manual_seed(1)
+        config = GPT2Config(
+            vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
+        )
+        model = GPT2LMHeadModel(config)
+        rules = {"transformer.wte": vanishing.Binary(), "lm_head": vanishing.Binary()}
+        recipe = vanishing.Recipe(rules, schedule=vanishing.LinearSchedule(steps="50%"))
+        return model, vanishing.prepare(model, recipe)
+
+    data = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in examples()]
+    whole, transition = tied()
+    run = trainer_for(tmp_path, whole, transition, save_strategy="steps", save_steps=6)
+    run.train_dataset = data
+    run.train()
+    transition.finish()
+    with safe_open(tmp_path / "checkpoint-6" / "model.safetensors", "pt") as file:
+        assert len([name for name in file.keys() if "wte" in name or "lm_head" in name]) == 1  # noqa: SIM118
+    # The model is as transformers made it again, and saves itself.
+    whole.tie_weights()
+    whole.save_pretrained(tmp_path / "own")
+
+    resumed, transition = tied()
+    run = trainer_for(tmp_path, resumed, transition)
+    run.train_dataset = data
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    transition.finish()
+    assert resumed.lm_head.weight is resumed.transformer.wte.weight
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
 
 
 def test_evaluation_is_of_the_shipped_form_and_of_the_blend(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
         self.transition = transition
         self._evaluate_blend = evaluate_blend
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._tied_names: dict[str, Any] = {}
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
@@ -78,6 +79,7 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
                 f"the transition ends at optimizer step {self.transition.end} and the training at step "
                 f"{state.max_steps}. Train longer, or shorten the schedule, for instance to steps='40%'."
             )
+        self._name_tied_weights(model)
         if state.global_step == 0:
             self.transition.seek(0)
             return
@@ -118,6 +120,25 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
         trainer = vars(_trainer_of(self))
         if trainer.get("get_batch_samples") is _no_batches:
             del trainer["get_batch_samples"]
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        """Give the model its own names of tied weights back."""
+        model: Any = keywords["model"]
+        while self._tied_names:
+            setattr(model, *self._tied_names.popitem())
+
+    def _name_tied_weights(self, model: Any) -> None:
+        """Let the model know its tied weights by the names that they have in transition, so that it can be saved."""
+        present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            known: dict[str, str] = getattr(model, attribute, None) or {}
+            renamed = {_name_in_transition(target): _name_in_transition(source) for target, source in known.items()}
+            here = {target: source for target, source in renamed.items() if {target, source} <= present}
+            if here:
+                self._tied_names.setdefault(attribute, known)
+                setattr(model, attribute, known | here)
 
     def _attach(self, trainer: Any) -> None:
         if trainer in self._attached:
@@ -176,6 +197,11 @@ def _is_complete(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _name_in_transition(parameter: str) -> str:
+    owner, _, name = parameter.rpartition(".")
+    return f"{owner}.parametrizations.{name}.original"
 
 
 def _trainer_of(callback: TransitionCallback) -> Any:
