@@ -378,3 +378,28 @@ def test_a_run_resumed_at_its_very_end_trains_no_further(tmp_path: Path) -> None
     for name, value in resumed.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-15"]
+
+
+@pytest.mark.parametrize("technique", [MagnitudePruning(0.5), LowRank(rank=4)], ids=["pruning", "low rank"])
+def test_recomputed_activations_train_the_same_model(technique: Any, tmp_path: Path) -> None:
+    models = []
+    for checkpointing in (False, True):
+        model, transition = prepared(technique=technique)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        trainer_for(tmp_path, model, transition).train()
+        transition.finish()
+        models.append(model.state_dict())
+    assert models[0].keys() == models[1].keys()
+    for name, value in models[0].items():
+        torch.testing.assert_close(value, models[1][name], msg=name)
+
+
+def test_training_in_bfloat16_autocast_ships_single_precision_weights(tmp_path: Path) -> None:
+    model, transition = prepared(technique=LowRank(rank=4))
+    run = trainer_for(tmp_path, model, transition, bf16=True)
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    transition.finish()
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    assert run.evaluate()["eval_loss"] < before
