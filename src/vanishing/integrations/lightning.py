@@ -6,9 +6,8 @@ import contextlib
 from typing import Any
 
 import torch
-from torch import nn
 
-from vanishing.errors import TransitionError
+from vanishing.integrations.common import check_model, lay_out, no_transition
 from vanishing.transition import Transition
 
 try:
@@ -61,22 +60,12 @@ class TransitionCallback(Callback):
         """
         if not self.transition.active:
             return
-        module: nn.Module = pl_module
-        if not any(each is self.transition.model for each in module.modules()):
-            raise TransitionError(
-                "the Trainer fits another model than the one that this transition was prepared for. Prepare the "
-                "LightningModule or a module inside of it."
-            )
+        check_model(self.transition, pl_module)
         length = trainer.estimated_stepping_batches
         if not 1 <= length < float("inf"):
             # It is not known. Where a schedule is a share of it, the transition says so at the first step.
             return
-        self.transition.set_length(int(length))
-        if self.transition.end > length:
-            raise TransitionError(
-                f"the transition ends at optimizer step {self.transition.end} and the training at step {length}. Train "
-                f"longer, or shorten the schedule, for instance to steps='40%'."
-            )
+        lay_out(self.transition, int(length))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the clock to where the Trainer begins.
@@ -91,10 +80,7 @@ class TransitionCallback(Callback):
         if resumed and saved is not None:
             self.transition.load_state_dict(saved)
         elif resumed and trainer.global_step:
-            raise TransitionError(
-                f"the checkpoint of step {trainer.global_step} was written without a TransitionCallback, so it holds "
-                f"no transition. Resume from one that does, or start anew."
-            )
+            raise no_transition(trainer.global_step)
         else:
             self.transition.seek(trainer.global_step)
 
@@ -123,21 +109,8 @@ class TransitionCallback(Callback):
         """Go back to the blend."""
         self._evaluation.close()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate what will be shipped."""
-        self._begin_evaluation(trainer)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go back to the blend."""
-        self._evaluation.close()
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Predict with what will be shipped."""
-        self._begin_evaluation(trainer)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go back to the blend."""
-        self._evaluation.close()
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Go back to the blend, where an evaluation was broken off."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from vanishing.errors import TransitionError
+from vanishing.integrations.common import check_model, lay_out, no_transition
 from vanishing.transition import Transition
 
 try:
@@ -68,27 +69,15 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
         if not self.transition.active:
             return
         model: nn.Module = keywords["model"]
-        if not any(module is self.transition.model for module in model.modules()):
-            raise TransitionError(
-                "the Trainer trains another model than the one that this transition was prepared for. Give the Trainer "
-                "the prepared model itself."
-            )
-        self.transition.set_length(state.max_steps)
-        if self.transition.end > state.max_steps:
-            raise TransitionError(
-                f"the transition ends at optimizer step {self.transition.end} and the training at step "
-                f"{state.max_steps}. Train longer, or shorten the schedule, for instance to steps='40%'."
-            )
+        check_model(self.transition, model)
+        lay_out(self.transition, state.max_steps)
         self._name_tied_weights(model)
         if state.global_step == 0:
             self.transition.seek(0)
             return
         saved = state.stateful_callbacks.get(_STATE)
         if saved is None:
-            raise TransitionError(
-                f"the checkpoint of step {state.global_step} was written without a TransitionCallback, so it holds no "
-                f"transition. Resume from one that does, or start anew."
-            )
+            raise no_transition(state.global_step)
         self.transition.load_state_dict(saved)
 
     def on_step_end(

@@ -1,0 +1,35 @@
+"""What every framework's callback checks before a training begins."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vanishing.errors import TransitionError
+from vanishing.transition import Transition
+
+
+def check_model(transition: Transition, model: nn.Module) -> None:
+    """Raise `TransitionError` if a framework trains another model than the transition's."""
+    if not any(module is transition.model for module in model.modules()):
+        raise TransitionError(
+            "the Trainer trains another model than the one that this transition was prepared for. Give it the prepared "
+            "model itself, or what holds that one."
+        )
+
+
+def lay_out(transition: Transition, length: int) -> None:
+    """Give a transition the length of the training; raise `TransitionError` if it is the shorter one."""
+    transition.set_length(length)
+    if transition.end > length:
+        raise TransitionError(
+            f"the transition ends at optimizer step {transition.end} and the training at step {length}. Train longer, "
+            f"or shorten the schedule, for instance to steps='40%'."
+        )
+
+
+def no_transition(step: int) -> TransitionError:
+    """Return the error for a checkpoint in which no callback has left a transition."""
+    return TransitionError(
+        f"the checkpoint of step {step} was written without a TransitionCallback, so it holds no transition. Resume "
+        f"from one that does, or start anew."
+    )
