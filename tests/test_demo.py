@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return result.output, output
 
 
-class _Loads(HTMLParser):
+class Loads(HTMLParser):
     """Collects what a page would fetch, and the text of its elements."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ def test_every_strategy_starts_from_the_same_original(finished: tuple[str, Path]
 
 def test_the_page_fetches_nothing_and_says_what_the_table_says(finished: tuple[str, Path]) -> None:
     _, output = finished
-    parser = _Loads()
+    parser = Loads()
     parser.feed((output / "report.html").read_text(encoding="utf-8"))
     text = " ".join(parser.text)
     assert parser.loads == []

@@ -62,6 +62,11 @@ def rule_problem(pattern: Pattern, rule: Rule, tally: Tally, modules: Iterable[t
         )
     reasons = list(dict.fromkeys(tally.refused + tally.unfit))
     more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
+    if tally.ignored and not tally.shadowed:
+        return (
+            f"of what {pattern.text} matched, the recipe ignores {_counted(tally.ignored)}, and "
+            f"{type(rule.compressor).__name__} can take none of the others: {'; '.join(reasons[:3])}{more}."
+        )
     more += f"; the recipe ignores {_counted(tally.ignored)}" if tally.ignored else ""
     more += f"; an earlier rule takes {_counted(tally.shadowed)}" if tally.shadowed else ""
     return (

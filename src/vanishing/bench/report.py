@@ -13,12 +13,7 @@ from vanishing.bench.arms import ARMS, VCON
 from vanishing.bench.statistics import summarize
 from vanishing.bench.study import Study
 from vanishing.bench.wording import cells, kilobytes, percent, verdict
-
-try:
-    from plotly import graph_objects
-    from plotly.offline import get_plotlyjs
-except ImportError as error:
-    raise ImportError("the report needs plotly: pip install 'vanishing[demo]'") from error
+from vanishing.charts import get_plotlyjs, graph_objects, to_html
 
 # Colors that color-blind readers can tell apart (Okabe and Ito); the line of each has a width or a dash of its own too.
 _COLORS = dict(zip((arm.name for arm in ARMS), ("#0072b2", "#009e73", "#cc79a7", "#d55e00"), strict=True))
@@ -88,7 +83,7 @@ def _accuracy_chart(study: Study, technique: str) -> str:
         annotation={"text": "the original", "font": {"color": _DENSE_COLOR}},
     )
     figure.update_yaxes(title="test images right, %")
-    return _html(figure, xaxis="training step")
+    return to_html(figure, xaxis="training step")
 
 
 def _beta_chart(study: Study) -> str:
@@ -109,7 +104,7 @@ def _beta_chart(study: Study) -> str:
                 line=line | {"dash": "dot"},
             )
     figure.update_yaxes(title="share", range=[-0.05, 1.05])
-    return _html(figure, xaxis="training step")
+    return to_html(figure, xaxis="training step")
 
 
 def _size_chart(study: Study) -> str:
@@ -123,25 +118,4 @@ def _size_chart(study: Study) -> str:
         marker={"color": [_DENSE_COLOR] + [_COLORS[VCON.name]] * len(study.design.techniques)},
     )
     figure.update_yaxes(autorange="reversed", automargin=True)
-    return _html(figure, xaxis="kB on disk")
-
-
-def _html(figure: graph_objects.Figure, *, xaxis: str) -> str:
-    figure.update_layout(
-        template="plotly_white",
-        font={"size": 13},
-        margin={"l": 50, "r": 15, "t": 15, "b": 45},
-        legend={"orientation": "h", "y": -0.22},
-        # A finger that scrolls the page must not zoom a chart.
-        dragmode=False,
-        hovermode="x unified",
-    )
-    figure.update_xaxes(title=xaxis)
-    return str(
-        figure.to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            default_height="360px",
-            config={"displayModeBar": False, "responsive": True},
-        )
-    )
+    return to_html(figure, xaxis="kB on disk")

@@ -1,0 +1,93 @@
+"""Techniques from the flags of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vanishing.compressors import Binary, LowRank, MagnitudePruning, Quantization, Ternary, WeightCompressor
+from vanishing.errors import ConfigError
+from vanishing.granularity import NM
+from vanishing.recipe import Recipe
+from vanishing.schedules import LinearSchedule
+from vanishing.workflow.problems import InputProblem
+
+
+def recipe_from_flags(
+    *,
+    prune: str | None,
+    bits: int | None,
+    binary: bool,
+    ternary: bool,
+    low_rank: str | None,
+    fade: str,
+    ignore: list[str],
+) -> Recipe:
+    """Return the recipe for every linear and convolution layer that flags describe.
+
+    Args:
+        prune: the share of zeros, as in "0.9", or "2:4".
+        bits: of a weight.
+        binary: whether weights are binary.
+        ternary: whether they are ternary.
+        low_rank: the share of weights that is kept, as in "0.25", or the rank, as in "16".
+        fade: steps, as in "1000", or a share of the run, as in "40%".
+        ignore: globs of layers to leave alone.
+
+    Raises:
+        InputProblem: no technique, two that exclude each other, or a value that is none.
+    """
+    values = [name for name, given in (("--bits", bits), ("--binary", binary), ("--ternary", ternary)) if given]
+    if len(values) > 1:
+        raise InputProblem(f"{' and '.join(values)} exclude each other. Give one of them.")
+    chain: list[WeightCompressor] = []
+    if low_rank is not None:
+        chain.append(_low_rank(low_rank))
+    if prune is not None:
+        chain.append(_pruning(prune))
+    if bits is not None:
+        chain.append(Quantization(bits=bits))
+    if binary or ternary:
+        chain.append(Binary() if binary else Ternary())
+    if not chain:
+        raise InputProblem("no technique. Give --prune, --bits, --binary, --ternary or --low-rank, or a --recipe.")
+    technique = chain[0]
+    for following in chain[1:]:
+        technique = technique | following
+    steps: int | str = int(fade) if fade.isdecimal() else fade
+    return Recipe({"*": technique}, ignore=ignore, schedule=LinearSchedule(steps=steps))
+
+
+def _pruning(text: str) -> MagnitudePruning:
+    kept, _, of = text.partition(":")
+    if kept.isdecimal() and of.isdecimal():
+        return MagnitudePruning(granularity=NM(int(kept), int(of)))
+    return MagnitudePruning(sparsity=_number("--prune", text))
+
+
+def _low_rank(text: str) -> LowRank:
+    if text.isdecimal() and int(text) > 1:
+        return LowRank(rank=int(text))
+    return LowRank(ratio=_number("--low-rank", text))
+
+
+def _number(flag: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputProblem(f"{flag} {text}: expected a number.") from None
+
+
+def recipe_from_file(file: Path) -> Recipe:
+    """Return the recipe in a YAML or JSON file.
+
+    Raises:
+        InputProblem: there is none.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputProblem(f"--recipe {file} cannot be read: {error}") from None
+    try:
+        return Recipe.from_yaml(text)
+    except ConfigError as error:
+        raise InputProblem(f"--recipe {file}: {' '.join(str(error).split())}") from None

@@ -1,0 +1,92 @@
+"""The model card: what the model is, how it was made, and what it is worth."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+import vanishing
+from vanishing.recipe import Recipe
+from vanishing.workflow.job import Result
+from vanishing.workflow.models import shown_name
+from vanishing.workflow.tasks import TaskName
+
+
+def model_card(result: Result) -> str:
+    """Return the card as Markdown, with the fields that the Hugging Face hub reads."""
+    settings = result.job.settings
+    facts = result.to_dict()
+    metric = facts["metric"]
+    name = shown_name(settings.model)
+    head: dict[str, Any] = {"library_name": "vanishing", "tags": ["vanishing", "compressed"]}
+    is_language = result.job.task.name is TaskName.CAUSAL_LM
+    head["pipeline_tag"] = "text-generation" if is_language else result.job.task.name.value
+    if not os.path.isdir(settings.model):
+        head["base_model"] = settings.model
+    rows = [
+        (metric.replace("_", " "), f"{result.before[metric]:.4g}", f"{result.after[metric]:.4g}"),
+        ("loss", f"{result.before['loss']:.4g}", f"{result.after['loss']:.4g}"),
+        ("weights, bytes", f"{result.dense_bytes:,}", f"{result.small_bytes:,}"),
+        ("parameters", f"{facts['parameters']['original']:,}", f"{facts['parameters']['compressed']:,}"),
+        ("of these not zero", "", f"{facts['nonzeros']:,}"),
+        ("time of a forward pass, on the machine it was made on", "1", f"{result.time_ratio:.2f}"),
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    recipe = Recipe.from_dict(settings.recipe).to_yaml()
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+
+# {name}, compressed
+
+{name} was made small while it was trained for {result.steps:,} optimizer steps: the original form of every compressed
+layer faded out until step {result.fade:,} (Vanishing Contributions, arXiv 2510.09696).
+
+| | original | this model |
+|---|---|---|
+{table}
+
+Measured on {facts["held_out_examples"]:,} examples that neither was trained on: {facts["held_out"]}. The model was
+saved and loaded again first. {original_in_words(result)}
+
+```python
+{_usage(result)}
+```
+
+## How it was made
+
+vanishing {vanishing.__version__}, torch {torch.__version__}, transformers {transformers.__version__}; learning rate
+{settings.learning_rate:g}, {settings.epochs:g} epochs of batches of {settings.batch_size * settings.accumulate}, seed
+{settings.seed}.
+
+```yaml
+{recipe.strip()}
+```
+"""
+
+
+def original_in_words(result: Result) -> str:
+    """Return a sentence on what the original is that a model is compared with."""
+    if result.job.new_head:
+        return "The original was trained with the same settings before."
+    return "The original is the model as it was given; it was not trained any further."
+
+
+def _usage(result: Result) -> str:
+    if result.job.source.config.model_type == "timm_wrapper":
+        return (
+            "import vanishing\nfrom transformers import TimmWrapperConfig, TimmWrapperForImageClassification\n\n"
+            'config = TimmWrapperConfig.from_pretrained("path/to/this/folder")\n'
+            'model = vanishing.load("path/to/this/folder", TimmWrapperForImageClassification(config))'
+        )
+    return 'import vanishing\n\nmodel = vanishing.load("path/to/this/folder")'
+
+
+def settings_text(result: Result) -> str:
+    """Return all settings of a run as JSON."""
+    return json.dumps(result.job.settings.model_dump(mode="json"), indent=2)

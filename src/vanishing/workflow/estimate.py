@@ -1,0 +1,95 @@
+"""What a run would do and take, without training anything."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vanishing.memory import MemoryEstimate, estimate_memory
+from vanishing.plan import Plan
+from vanishing.recipe import Recipe
+from vanishing.summary import Summary, summary
+from vanishing.workflow.encoding import batch_of
+from vanishing.workflow.job import Job, check_places, peak_bytes, read_job, without_head
+from vanishing.workflow.settings import Settings
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run that was not made.
+
+    Args:
+        job: the run.
+        plan: which layer gets what.
+        summary: sizes of every layer, now and in the end (before training; pruning keeps its share, factors theirs).
+        fade: the optimizer step at which the original's share is 0.
+        memory: what the tensors of the training hold at once.
+        process_bytes: what the process takes without them; 0 where they are on a device of their own.
+    """
+
+    job: Job
+    plan: Plan
+    summary: Summary
+    fade: int
+    memory: MemoryEstimate
+    process_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain values."""
+        rows = [{"module": r.name, "layer": r.module, "outcome": r.outcome, "detail": r.detail} for r in self.plan.rows]
+        return {
+            "task": self.job.task.name.value,
+            "new_head": self.job.new_head,
+            "train_examples": len(self.job.encoded.train),
+            "held_out_examples": len(self.job.encoded.test),
+            "held_out": self.job.encoded.held_out,
+            "notes": list(self.job.encoded.notes),
+            "steps": self.job.steps,
+            "fade_ends_at": self.fade,
+            "bytes": {"original": self.summary.before.bytes, "compressed": self.summary.after.bytes},
+            "peak_memory_bytes": self.memory.peak + self.process_bytes,
+            "memory_of": "the process" if self.process_bytes else "the device",
+            "plan": rows,
+        }
+
+
+def estimate(settings: Settings, output: Path) -> Estimate:
+    """Read and check everything, try two small batches, and change nothing.
+
+    Raises:
+        InputProblem: something about the input is wrong.
+        RecipeError: the recipe does not fit the model.
+    """
+    check_places(output, output.with_name(f"{output.name}.work"), resume=False)
+    job = read_job(settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    process_bytes = 0 if device.type == "cuda" else _resident_bytes()
+    model = job.build()
+    recipe = Recipe.from_dict(settings.recipe)
+    plan = (without_head(recipe, model) if settings.keep_head else recipe).match(model)
+    transition = job.prepare(model)
+    sizes = summary(model)
+    model.to(device)
+    if settings.recompute:
+        model.activation_checkpointing_enable()
+
+    def loss(size: int) -> torch.Tensor:
+        batch = {name: values.to(device) for name, values in batch_of(job.encoded, size).items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+            value: torch.Tensor = model(**batch).loss
+        return value
+
+    memory = estimate_memory(transition, loss, settings.batch_size, accumulate=settings.accumulate > 1)
+    return Estimate(job, plan, sizes, transition.end, memory, process_bytes)
+
+
+def _resident_bytes() -> int:
+    """Memory that the process has now."""
+    statistics = Path("/proc/self/statm")
+    if statistics.exists():
+        return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_bytes()

@@ -1,0 +1,423 @@
+"""A run of `vanishing compress`: checked before anything is written, and safe to break off anywhere."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vanishing.errors import VanishingError
+from vanishing.integrations.transformers import last_complete_checkpoint
+from vanishing.recipe import Recipe
+from vanishing.serialization import load, save
+from vanishing.summary import Summary, summary
+from vanishing.transition import Transition, prepare
+from vanishing.workflow.data import class_names, find_columns, find_labels, read_splits
+from vanishing.workflow.encoding import Encoded, encode, measures
+from vanishing.workflow.models import (
+    Source,
+    blank,
+    build,
+    first_line,
+    head_names,
+    map_labels,
+    read_processor,
+    read_source,
+)
+from vanishing.workflow.problems import InputProblem, Interrupted, RunProblem
+from vanishing.workflow.settings import Settings
+from vanishing.workflow.tasks import Task, choose_task
+from vanishing.workflow.training import Display, arguments, make_trainer, step_count, train
+
+logger = logging.getLogger(__name__)
+
+SETTINGS, RESULTS = "run.json", "results.json"
+_RECALIBRATION_BATCHES = 20
+_TIMED_PAIRS = 10
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run needs, read and checked.
+
+    Args:
+        settings: of the run.
+        source: the model.
+        task: the task.
+        processor: its tokenizer or image processor.
+        encoded: the examples.
+        labels: names of the classes of a new head; None to keep the model's own.
+    """
+
+    settings: Settings
+    source: Source
+    task: Task
+    processor: Any
+    encoded: Encoded
+    labels: list[str] | None
+
+    @property
+    def new_head(self) -> bool:
+        """Whether the classifier is trained anew, so that the original has to be trained first."""
+        return self.labels is not None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return step_count(self.settings, len(self.encoded.train))
+
+    def build(self, folder: str | None = None) -> Any:
+        """Return the original, from its source or from the folder where it was trained."""
+        transformers.set_seed(self.settings.seed)
+        if folder is not None:
+            return build(Source(folder, self.source.config), self.task, None, new_head=False)
+        return build(self.source, self.task, self.labels, new_head=self.new_head)
+
+    def prepare(self, model: nn.Module) -> Transition:
+        """Put a model into transition, laid out for the length of the run.
+
+        Raises:
+            RecipeError: the recipe does not fit the model; it is unchanged.
+            InputProblem: the run is shorter than the transition.
+        """
+        recipe = Recipe.from_dict(self.settings.recipe)
+        if self.settings.keep_head:
+            recipe = without_head(recipe, model)
+        transition = prepare(model, recipe)
+        transition.set_length(self.steps)
+        if transition.end > self.steps:
+            raise InputProblem(
+                f"the fade ends at step {transition.end} and the run at step {self.steps}. Train for more --epochs, or "
+                f"shorten the --fade."
+            )
+        return transition
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Args:
+        job: the run.
+        before: measures of the original on held-out examples.
+        after: of the finished, saved and reloaded model.
+        summary: sizes of every layer.
+        dense_bytes: of the original's weights.
+        small_bytes: of the files that hold the small model.
+        fade: the optimizer step at which the original's share is 0.
+        steps: optimizer steps of the run.
+        seconds: of all trainings of this process.
+        time_ratio: time of a forward pass, small to original: the median over pairs.
+        peak_bytes: the process's peak memory, or the device's.
+        log: what the training logged.
+    """
+
+    job: Job
+    before: dict[str, float]
+    after: dict[str, float]
+    summary: Summary
+    dense_bytes: int
+    small_bytes: int
+    fade: int
+    steps: int
+    seconds: float
+    time_ratio: float
+    peak_bytes: int
+    log: Sequence[Mapping[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain values."""
+        total = self.summary
+        return {
+            "task": self.job.task.name.value,
+            "metric": self.job.task.metric,
+            "original": self.before,
+            "compressed": self.after,
+            "bytes": {"original": self.dense_bytes, "compressed": self.small_bytes},
+            "parameters": {"original": total.before.parameters, "compressed": total.after.parameters},
+            "nonzeros": total.after.nonzeros,
+            "time_ratio": round(self.time_ratio, 3),
+            "steps": self.steps,
+            "fade_ends_at": self.fade,
+            "training_seconds": round(self.seconds, 1),
+            "peak_memory_bytes": self.peak_bytes,
+            "held_out": self.job.encoded.held_out,
+            "held_out_examples": len(self.job.encoded.test),
+            "settings": self.job.settings.model_dump(mode="json"),
+            "log": list(self.log),
+        }
+
+
+def read_job(settings: Settings) -> Job:
+    """Read model and data, and check that they fit each other.
+
+    Raises:
+        InputProblem: they do not, or something cannot be read.
+    """
+    source = read_source(settings.model)
+    splits = read_splits(settings.data, settings.test_data)
+    task = choose_task(settings.task, source.architectures, splits.train.features)
+    columns = find_columns(splits.train, task, settings.input_columns, settings.label_column)
+    processor = read_processor(source, task)
+    labels: list[str] | None = None
+    label_ids: Mapping[str | int, int] = {}
+    if columns.label is not None:
+        found = find_labels(splits, task, columns.label)
+        own = None if settings.new_head else source.labels(task)
+        labels = class_names(found) if own is None else None
+        label_ids = {label: i for i, label in enumerate(found)} if own is None else map_labels(source, task, own, found)
+    elif settings.new_head:
+        raise InputProblem(f"--new-head: {task.name} has no classifier.")
+    encoded = encode(task, splits, columns, label_ids, processor, source.config, settings.max_length)
+    return Job(settings, source, task, processor, encoded, labels)
+
+
+def without_head(recipe: Recipe, model: nn.Module) -> Recipe:
+    """Return a recipe that leaves a model's head alone, too."""
+    data = recipe.to_dict()
+    return Recipe.from_dict(data | {"ignore": [*data.get("ignore", []), *head_names(model)]})
+
+
+def run(settings: Settings, output: Path, *, resume: bool, display: Display) -> Result | None:
+    """Train, finish, save, load, measure; then the output folder appears, complete.
+
+    Until then everything is in a folder beside it, `OUTPUT.work`, from which a run that was broken off goes on.
+
+    Args:
+        settings: of the run.
+        output: folder of the small model; must not exist, or be empty.
+        resume: go on with the run in `OUTPUT.work`, if there is one.
+        display: where to show the progress.
+
+    Returns:
+        What the run came to; None in all processes but the first.
+
+    Raises:
+        InputProblem: something about the input is wrong; nothing was changed.
+        Interrupted: a signal came; where the run stands is saved.
+        RunProblem: the disk is full, or the training diverged.
+    """
+    work = output.with_name(f"{output.name}.work")
+    check_places(output, work, resume)
+    state = PartialState()
+    job = read_job(settings)
+    for note in job.encoded.notes:
+        display.say(note)
+    tried = job.build()
+    _check_space(tried, work, job.new_head)
+    job.prepare(tried)
+    del tried
+    if (work / SETTINGS).exists():
+        settings.check_same(work / SETTINGS)
+    if state.is_main_process:
+        work.mkdir(parents=True, exist_ok=True)
+        settings.write(work / SETTINGS)
+    state.wait_for_everyone()
+    try:
+        return _run(job, output, work, display, state)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped between two trainings", signal.SIGINT) from None
+    except (OSError, RuntimeError, SafetensorError, VanishingError) as error:
+        if isinstance(error, (Interrupted, InputProblem)) or not _is_full(error, work):
+            raise
+        _remove_incomplete(work)
+        raise RunProblem(
+            f"the disk of {work} is full ({first_line(error)}). What was saved before is there: free some space and go "
+            f"on with --resume."
+        ) from error
+
+
+def check_places(output: Path, work: Path, resume: bool) -> None:
+    """Raise `InputProblem` if the output, or an earlier run's folder, is in the way."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputProblem(f"{output} exists and is not an empty folder. Give another --output.")
+    if resume and not (work / SETTINGS).exists():
+        raise InputProblem(f"there is no run to go on with: {work} is not there. Leave out --resume.")
+    if not resume and work.exists():
+        raise InputProblem(f"{work} holds a run that was broken off. Go on with --resume, or remove it.")
+    parent = next((each for each in output.absolute().parents if each.exists()), Path("/"))
+    if not os.access(parent, os.W_OK):
+        raise InputProblem(f"{parent} cannot be written to. Give another --output.")
+
+
+def _check_space(model: nn.Module, work: Path, new_head: bool) -> None:
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    # Weights and AdamW's two moments, of the old checkpoint and of the new one; the trained original.
+    needed = (6 + new_head) * weights
+    parent = next(each for each in work.absolute().parents if each.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputProblem(
+            f"the checkpoints of the run need {needed / 1e6:,.0f} MB and the disk of {parent} has "
+            f"{free / 1e6:,.0f} MB left. Free some space, or give another --output."
+        )
+
+
+def _run(job: Job, output: Path, work: Path, display: Display, state: Any) -> Result | None:
+    started = time.perf_counter()
+    original = _original(job, work, display, state) if job.new_head else None
+    model = job.build(original)
+    before = _evaluated_once(job, model, work, "the original", display, state)
+    transition = job.prepare(model)
+    stage = train("compressing", model, transition, job.settings, job.encoded, work / "checkpoints", display)
+    seconds = time.perf_counter() - started
+    fade = transition.end
+    display.say("Finishing, saving, and measuring what was saved.")
+    transition.finish(recalibrate=_recalibration_batches(job, model))
+    small = work / "small"
+    if state.is_main_process:
+        save(model, small, tokenizer=job.processor)
+    state.wait_for_everyone()
+    reloaded = load_small(small, model)
+    after = _evaluate(job, reloaded, work)
+    if not state.is_main_process:
+        return None
+    result = Result(
+        job=job,
+        before=before,
+        after=after,
+        summary=summary(reloaded),
+        dense_bytes=summary(reloaded).before.bytes,
+        small_bytes=sum((small / name).stat().st_size for name in ("model.safetensors", "vanishing.json")),
+        fade=fade,
+        steps=stage.steps,
+        seconds=seconds,
+        time_ratio=_time_ratio(job, job.build(original), reloaded),
+        peak_bytes=peak_bytes(),
+        log=stage.log,
+    )
+    _complete(result, small)
+    if output.exists():
+        output.rmdir()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    small.rename(output)
+    shutil.rmtree(work)
+    return result
+
+
+def _complete(result: Result, folder: Path) -> None:
+    """Put everything else that the output holds beside the model."""
+    from vanishing.workflow.card import model_card
+    from vanishing.workflow.report import report_page
+
+    (folder / "README.md").write_text(model_card(result), encoding="utf-8")
+    (folder / "report.html").write_text(report_page(result), encoding="utf-8")
+    (folder / RESULTS).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _original(job: Job, work: Path, display: Display, state: Any) -> str:
+    """Train the original with its new head, unless that was done, and return its folder."""
+    folder = work / "original"
+    if not folder.exists():
+        display.say("The classifier is new, so the original is trained first.")
+        model = job.build()
+        train("training the original", model, None, job.settings, job.encoded, work / "original-checkpoints", display)
+        if state.is_main_process:
+            unfinished = work / "original-unfinished"
+            model.save_pretrained(unfinished)
+            unfinished.rename(folder)
+            shutil.rmtree(work / "original-checkpoints")
+        state.wait_for_everyone()
+    return str(folder)
+
+
+def _evaluated_once(job: Job, model: Any, work: Path, what: str, display: Display, state: Any) -> dict[str, float]:
+    file = work / "original.json"
+    if file.exists():
+        known: dict[str, float] = json.loads(file.read_text())
+        return known
+    display.say(f"Measuring {what}.")
+    measured = _evaluate(job, model, work)
+    if state.is_main_process:
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(measured))
+        unfinished.rename(file)
+    state.wait_for_everyone()
+    return measured
+
+
+def _evaluate(job: Job, model: Any, work: Path) -> dict[str, float]:
+    trainer = make_trainer(model, arguments(job.settings, job.encoded, work / "checkpoints"), job.encoded, [])
+    return measures(job.task, trainer.evaluate())
+
+
+def load_small(folder: Path, model: Any) -> Any:
+    """Load a saved model anew; one that transformers builds from another library's name is built here."""
+    if model.config.model_type == "timm_wrapper":
+        return load(folder, blank(model)).eval()
+    return load(folder)
+
+
+def _recalibration_batches(job: Job, model: nn.Module) -> list[dict[str, Any]] | None:
+    """Batches to estimate BatchNorm's statistics from, None for a model without any."""
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return None
+    device = next(model.parameters()).device
+    size = job.settings.batch_size
+    # Every so manieth example, as files are often sorted by class.
+    count = min(len(job.encoded.train), size * _RECALIBRATION_BATCHES)
+    chosen = torch.linspace(0, len(job.encoded.train) - 1, count).round().int().tolist()
+    rows = [chosen[i :: max(1, count // size)] for i in range(max(1, count // size))]
+    batches = (job.encoded.collate([job.encoded.train[i] for i in indices]) for indices in rows)
+    return [{n: v.to(device) for n, v in batch.items() if n != "labels"} for batch in batches]
+
+
+@torch.inference_mode()
+def _time_ratio(job: Job, original: nn.Module, small: nn.Module) -> float:
+    """The time of a forward pass of the small model as a share of the original's."""
+    device = next(small.parameters()).device
+    rows = [job.encoded.test[i] for i in range(min(job.settings.batch_size, len(job.encoded.test)))]
+    batch = {n: v.to(device) for n, v in job.encoded.collate(rows).items() if n != "labels"}
+    models = [original.to(device).eval(), small.eval()]
+    seconds = [[_seconds(model, batch, device) for model in models] for _ in range(_TIMED_PAIRS + 1)]
+    return statistics.median(after / before for before, after in seconds[1:])
+
+
+def _seconds(model: nn.Module, batch: dict[str, Any], device: torch.device) -> float:
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    model(**batch)
+    wait()
+    return time.perf_counter() - started
+
+
+def peak_bytes() -> int:
+    """Return the peak of the device's memory, or of the process's."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _is_full(error: BaseException, work: Path) -> bool:
+    """Whether an error comes from a full disk; PyTorch's own does not say so."""
+    told = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    writing = "PytorchStreamWriter" in str(error)
+    return told or (writing and work.exists())
+
+
+def _remove_incomplete(work: Path) -> None:
+    """Remove what a full disk left of a checkpoint, so that there is room to go on."""
+    for folder in (work / "checkpoints", work / "original-checkpoints"):
+        kept = last_complete_checkpoint(folder)
+        for checkpoint in folder.glob("checkpoint-*"):
+            if str(checkpoint) != kept:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+    shutil.rmtree(work / "original-unfinished", ignore_errors=True)
