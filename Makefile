@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check test-slow bench
+.PHONY: demo test check test-slow bench docs
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-installed
@@ -23,6 +23,10 @@ test-slow: $(VENV)/.dev-installed
 
 bench: $(VENV)/.dev-installed
 	$(BIN)/python benchmarks/step_time.py
+
+# Into site/; any warning is an error. The variable is for the theme, which announces its successor at every start.
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -W error -m mkdocs build --strict
 
 # A stamp a set of dependencies: an install is redone only when pyproject.toml changes.
 $(VENV)/.%-installed: pyproject.toml | $(BIN)/python

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
+
+from snippets import blocks_of, run
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -14,12 +15,8 @@ README = Path(__file__).parents[1] / "README.md"
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 def test_the_readme_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 4
-    # A class in the README looks its module up by name.
-    names: dict[str, object] = {"__name__": __name__}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
+    assert len(blocks_of(README)) >= 4
+    run(README)
     assert (tmp_path / "small" / "model.safetensors").is_file()
 
 
