@@ -11,15 +11,12 @@ the ratio of the total times, in which work that is done only every few steps sh
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from paired import machine, time_pairs
 from workload import ARMS, Workload, dense, make_step
 
 
@@ -43,7 +40,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     autocast = None if options.dtype == "float32" else getattr(torch, options.dtype)
     workload = Workload(size=options.size, batch=options.batch, device=options.device, autocast=autocast)
-    print(f"ViT-Tiny/16 at {options.size} px, batch {options.batch}, {options.dtype}, {_machine(options)}")
+    print(f"ViT-Tiny/16 at {options.size} px, batch {options.batch}, {options.dtype}, {machine(options.device)}")
     print(f"{'arm':34}{'median':>8}{'quartiles':>17}{'total':>8}{'dense ms':>10}{'arm ms':>9}")
     timings = []
     for arm in options.arms:
@@ -53,7 +50,7 @@ def main() -> None:
         times = f"{timing.dense_ms:10.1f}{timing.arm_ms:9.1f}"
         print(f"{arm:34}{timing.median_ratio:8.3f}{quartiles:>17}{timing.total_ratio:8.3f}{times}", flush=True)
     if options.json:
-        record = {"settings": vars(options) | {"json": str(options.json)}, "machine": _machine(options)}
+        record = {"settings": vars(options) | {"json": str(options.json)}, "machine": machine(options.device)}
         options.json.write_text(json.dumps(record | {"arms": [asdict(t) for t in timings]}, indent=2) + "\n")
 
 
@@ -63,42 +60,17 @@ def compare(workload: Workload, arm: str, *, pairs: int, warm_up: int) -> Timing
     for _ in range(warm_up):
         for step in steps:
             step()
-    seconds: list[tuple[float, float]] = []
-    gc.collect()
-    gc.disable()
-    for pair in range(pairs):
-        first = pair % 2
-        times = {which: _seconds(steps[which], workload.device) for which in (first, 1 - first)}
-        seconds.append((times[0], times[1]))
-    gc.enable()
-    lower, median, upper = statistics.quantiles([b / a for a, b in seconds], n=4, method="inclusive")
-    dense_times, arm_times = zip(*seconds, strict=True)
+    ratios = time_pairs(*steps, pairs=pairs, device=workload.device)
     return Timing(
         arm=arm,
         pairs=pairs,
-        median_ratio=median,
-        lower_quartile=lower,
-        upper_quartile=upper,
-        total_ratio=sum(arm_times) / sum(dense_times),
-        dense_ms=1e3 * statistics.median(dense_times),
-        arm_ms=1e3 * statistics.median(arm_times),
+        median_ratio=ratios.median_ratio,
+        lower_quartile=ratios.lower_quartile,
+        upper_quartile=ratios.upper_quartile,
+        total_ratio=ratios.total_ratio,
+        dense_ms=ratios.baseline_ms,
+        arm_ms=ratios.step_ms,
     )
-
-
-def _seconds(step: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _machine(options: argparse.Namespace) -> str:
-    if options.device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
 
 
 def _options() -> argparse.Namespace:

@@ -101,6 +101,8 @@ def _transition(model: nn.Module, compressor: vanishing.Compressor, progress: fl
 class TwoPaths(nn.Module):
     """`beta * f(x) + (1 - beta) * g(x)` with both linear layers run on all tokens; g is a pruned copy."""
 
+    mask: Tensor
+
     def __init__(self, original: nn.Linear, sparsity: float, beta: float) -> None:
         super().__init__()
         self.original = original
