@@ -398,8 +398,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "data, fact",
     [
-        ([], "a recipe has the fields rules, schedule, ignore and ramp, got []"),
-        (changed("extra", 1), "fields rules, schedule, ignore and ramp, got ['extra', 'rules', 'schedule']"),
+        ([], "a recipe has the fields freeze_original, ignore, ramp, rules, schedule, got []"),
+        (changed("extra", 1), "freeze_original, ignore, ramp, rules, schedule, got ['extra', 'rules', 'schedule']"),
         (changed("rules", None), "a recipe needs `schedule` and `rules`"),
         (changed("rules", {}), "a recipe needs `schedule` and `rules`, a list"),
         (changed("rules", []), "at least one rule"),

@@ -16,6 +16,7 @@ from vanishing.compressors import (
 )
 from vanishing.errors import ConfigError, FileError, RecipeError, TransitionError, VanishingError
 from vanishing.granularity import NM, Global, PerChannel, PerGroup, PerTensor
+from vanishing.memory import MemoryEstimate, estimate_memory
 from vanishing.recipe import Recipe, Rule
 from vanishing.schedules import (
     CosineSchedule,
@@ -58,6 +59,8 @@ __all__ = [
     "Summary",
     "SummaryRow",
     "Size",
+    "estimate_memory",
+    "MemoryEstimate",
     "Compressor",
     "WeightCompressor",
     "ProjectionCompressor",

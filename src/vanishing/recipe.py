@@ -22,6 +22,8 @@ from vanishing.schedules import Schedule
 if TYPE_CHECKING:
     from vanishing.plan import Plan
 
+_FIELDS = {"rules", "schedule", "ignore", "ramp", "freeze_original"}
+
 Key = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 
@@ -61,6 +63,8 @@ class Recipe:
         schedule: beta, the original's share, at every optimizer step.
         ramp: falls from 1 to 0 and drives the strength of the techniques from none to full (1 - ramp): with
             `StepSchedule(at=0)` as schedule this is a technique's own iterative way, gradual pruning for instance.
+        freeze_original: do not train what only the original form has, where the compressed one has weights of its own
+            (low rank, replaced blocks). Saves the gradient and the optimizer's state of every original.
 
     Raises:
         ConfigError: a rule, a key or a schedule is of the wrong type; or a technique has no strength to ramp.
@@ -75,6 +79,7 @@ class Recipe:
     ignore: tuple[Pattern, ...]
     schedule: Schedule
     ramp: Schedule | None
+    freeze_original: bool
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class Recipe:
         ignore: Iterable[Key] | Key = (),
         schedule: Schedule,
         ramp: Schedule | None = None,
+        freeze_original: bool = False,
     ) -> None:
         if not isinstance(rules, Mapping) or not rules:
             raise ConfigError(
@@ -94,6 +100,8 @@ class Recipe:
                 raise ConfigError(
                     f"the recipe's {name} must be a schedule, as in LinearSchedule(steps=1000), got {value!r}."
                 )
+        if not isinstance(freeze_original, bool):
+            raise ConfigError(f"the recipe's freeze_original is True or False, got {freeze_original!r}.")
         if ramp is not None:
             for _, rule in entries:
                 check_ramp(rule.compressor)
@@ -102,6 +110,7 @@ class Recipe:
         object.__setattr__(self, "ignore", tuple(to_pattern(key) for key in ([ignore] if single else ignore)))  # type: ignore[union-attr]
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "ramp", ramp)
+        object.__setattr__(self, "freeze_original", freeze_original)
 
     @property
     def is_relative(self) -> bool:
@@ -141,6 +150,8 @@ class Recipe:
             data["ignore"] = [pattern_to_plain(pattern) for pattern in self.ignore]
         if self.ramp is not None:
             data["ramp"] = self.ramp.to_dict()
+        if self.freeze_original:
+            data["freeze_original"] = True
         return data
 
     @classmethod
@@ -150,9 +161,9 @@ class Recipe:
         Raises:
             ConfigError: a field is missing, unknown or out of range; the message names the rule.
         """
-        if not isinstance(data, Mapping) or set(data) - {"rules", "schedule", "ignore", "ramp"}:
+        if not isinstance(data, Mapping) or set(data) - _FIELDS:
             fields = sorted(map(str, data)) if isinstance(data, Mapping) else data
-            raise ConfigError(f"a recipe has the fields rules, schedule, ignore and ramp, got {fields!r}.")
+            raise ConfigError(f"a recipe has the fields {', '.join(sorted(_FIELDS))}, got {fields!r}.")
         if "schedule" not in data or not isinstance(data.get("rules"), list):
             raise ConfigError(
                 "a recipe needs `schedule` and `rules`, a list of mappings with `match` and `compressor`."
@@ -174,6 +185,7 @@ class Recipe:
             ignore=[pattern_from_plain(each) for each in ignore],  # type: ignore[misc]
             schedule=Schedule.from_dict(data["schedule"]),
             ramp=Schedule.from_dict(data["ramp"]) if data.get("ramp") is not None else None,
+            freeze_original=data.get("freeze_original", False),
         )
 
     def to_yaml(self) -> str:
@@ -239,6 +251,7 @@ class Recipe:
             "ignore": {"type": "array", "items": match},
             "schedule": schedule,
             "ramp": schedule,
+            "freeze_original": {"type": "boolean"},
         }
         return {
             "$schema": "https://json-schema.org/draft/2020-12/schema",

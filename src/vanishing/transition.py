@@ -16,7 +16,7 @@ from vanishing.batchnorm import reestimate_batchnorm, tried_out
 from vanishing.compressors import Compressor, Moment, WeightCompressor
 from vanishing.distributed import is_distributed, is_sharded
 from vanishing.equality import difference_beyond_rounding
-from vanishing.errors import TransitionError
+from vanishing.errors import RecipeError, TransitionError
 from vanishing.inputs import call
 from vanishing.optimizers import OptimizerWatch, held_ids, join, leave, unheld_problems
 from vanishing.places import Places
@@ -115,6 +115,7 @@ class Transition:
         # At the first step the length of the training makes no difference.
         self._set_schedules(recipe.resolved(_ANY_LENGTH))
         self._ended: str | None = None
+        self._frozen: list[nn.Parameter] = []
         self._relative = recipe
         # A weak method, as the hook of the watch lives as long as the watch.
         self._optimizers = OptimizerWatch(_called_weakly(self._drop_idle_gradients))
@@ -316,6 +317,7 @@ class Transition:
         self._require_active()
         new = [p for site in self._sites for p in site.new_parameters]
         places = Places(self.model)
+        self._thaw_originals()
         for site in self._sites:
             site.remove(places)
         self._close("cancelled")
@@ -331,6 +333,9 @@ class Transition:
             for site in self._sites:
                 site.install(places)
                 undo.callback(site.remove, places)
+            if self.recipe.freeze_original:
+                self._freeze_originals()
+                undo.callback(self._thaw_originals)
             self._set_strengths()
             self._set_betas()
             self._update(arriving=True)
@@ -344,6 +349,42 @@ class Transition:
             names = {id(p): name for name, p in self.model.named_parameters()}
             for site in self._sites:
                 join(optimizer, site.original_parameters, {names[id(p)]: p for p in site.new_parameters})
+
+    def _freeze_originals(self) -> None:
+        """Stop training what only original forms have.
+
+        Raises:
+            RecipeError: there is nothing of that kind, or nothing else is trained.
+        """
+        running = self._parameters_outside(self._sites)
+        mine = [p for site in self._sites for p in site.replaced_parameters]
+        weights = [p for site in self._sites if isinstance(site, WeightSite) for p in site.replaced_parameters]
+        shared = running - {id(p) for p in weights}
+        self._frozen = [p for p in mine if p.requires_grad and id(p) not in shared]
+        if not self._frozen:
+            raise RecipeError(
+                "freeze_original: every technique of the recipe shares the original's weights, so none is left to "
+                "freeze. Leave it out."
+            )
+        frozen = {id(p) for p in self._frozen}
+        new = {id(p) for site in self._sites for p in site.new_parameters}
+        if not any(p.requires_grad and id(p) not in frozen | new for p in self.model.parameters()):
+            raise RecipeError(
+                "freeze_original: nothing of the model would be trained while beta is 1. Leave it out, or leave a "
+                "layer, its bias or the head in training."
+            )
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    def _thaw_originals(self) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+
+    def _parameters_outside(self, sites: Iterable[Site]) -> set[int]:
+        """Identities of the parameters that modules outside of the replaced blocks among these sites have."""
+        inside = {id(m) for site in sites if not isinstance(site, WeightSite) for m in site.blend.modules()}
+        outside = (module for module in self.model.modules() if id(module) not in inside)
+        return {id(p) for module in outside for p in module.parameters(recurse=False)}
 
     def _set_schedules(self, recipe: Recipe) -> None:
         self._schedule = recipe.schedule
@@ -452,9 +493,7 @@ class Transition:
         blocks = [site for site in self._sites if not isinstance(site, WeightSite) and site.idle_parameters]
         if blocks:
             # A block may share parameters with what is outside of it and runs.
-            inside = {id(module) for site in blocks for module in site.blend.modules()}
-            outside = [m for m in self.model.modules() if id(m) not in inside]
-            running = {id(p) for module in outside for p in module.parameters(recurse=False)}
+            running = self._parameters_outside(blocks)
             idle += [p for site in blocks for p in site.idle_parameters if id(p) not in running]
         for parameter in idle:
             parameter.grad = None

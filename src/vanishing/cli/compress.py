@@ -90,6 +90,14 @@ def run(
         bool,
         typer.Option("--recompute", help="Compute activations twice, to save memory.", rich_help_panel=_TRAINING),
     ] = False,
+    freeze_original: Annotated[
+        bool,
+        typer.Option(
+            "--freeze-original",
+            help="With --low-rank: do not train the original, to save memory.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run that was broken off.", rich_help_panel=_RUN)
     ] = False,
@@ -113,7 +121,7 @@ def run(
 
         if epochs <= 0 or learning_rate <= 0:
             raise InputProblem("--epochs and --learning-rate are numbers above 0.")
-        flags = (prune, bits, low_rank, fade, *(ignore or ()), binary or None, ternary or None)
+        flags = (prune, bits, low_rank, fade, *(ignore or ()), binary or None, ternary or None, freeze_original or None)
         if recipe is not None and any(flag is not None for flag in flags):
             raise InputProblem("a --recipe says it all: leave out the technique's flags, --ignore and --fade.")
         chosen = (
@@ -127,6 +135,7 @@ def run(
                 low_rank=low_rank,
                 fade=fade or "40%",
                 ignore=ignore or [],
+                freeze_original=freeze_original,
             )
         )
         settings = Settings(

@@ -21,6 +21,7 @@ def recipe_from_flags(
     low_rank: str | None,
     fade: str,
     ignore: list[str],
+    freeze_original: bool,
 ) -> Recipe:
     """Return the recipe for every linear and convolution layer that flags describe.
 
@@ -32,6 +33,7 @@ def recipe_from_flags(
         low_rank: the share of weights that is kept, as in "0.25", or the rank, as in "16".
         fade: steps, as in "1000", or a share of the run, as in "40%".
         ignore: globs of layers to leave alone.
+        freeze_original: whether the originals of factored layers are not trained.
 
     Raises:
         InputProblem: no technique, two that exclude each other, or a value that is none.
@@ -54,7 +56,9 @@ def recipe_from_flags(
     for following in chain[1:]:
         technique = technique | following
     steps: int | str = int(fade) if fade.isdecimal() else fade
-    return Recipe({"*": technique}, ignore=ignore, schedule=LinearSchedule(steps=steps))
+    return Recipe(
+        {"*": technique}, ignore=ignore, schedule=LinearSchedule(steps=steps), freeze_original=freeze_original
+    )
 
 
 def _pruning(text: str) -> MagnitudePruning:
