@@ -323,3 +323,22 @@ def wait_for(checkpoints: Path) -> None:
     until = time.monotonic() + 120
     while last_complete_checkpoint(checkpoints) is None and time.monotonic() < until:
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_model(tmp_path: Path) -> None:
+    bert = write_bert(tmp_path / "bert")
+    table = write_csv(tmp_path / "train.csv", sentences(200))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vanishing", "compress"]
+    run = [bert, "--data", table, "--prune", 0.5, "--epochs", 4, "--batch-size", 8, "--learning-rate", 5e-3, "--json"]
+    arguments = [*map(str, run), "--output", str(tmp_path / "small")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    # 180 examples in batches of 8 by two.
+    assert found["steps"] == 4 * 12
+    assert found["fade_ends_at"] == 19
+    assert found["compressed"]["accuracy"] > 0.6
+    assert not (tmp_path / "small.work").exists()
+    vanishing.load(tmp_path / "small")

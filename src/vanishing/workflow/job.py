@@ -215,8 +215,9 @@ def run(settings: Settings, output: Path, *, resume: bool, display: Display) -> 
         RunProblem: the disk is full, or the training diverged.
     """
     work = output.with_name(f"{output.name}.work")
+    # Several processes without accelerators are only found by who says that there are none.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     check_places(output, work, resume)
-    state = PartialState()
     job = read_job(settings)
     for note in job.encoded.notes:
         display.say(note)
@@ -226,6 +227,8 @@ def run(settings: Settings, output: Path, *, resume: bool, display: Display) -> 
     del tried
     if (work / SETTINGS).exists():
         settings.check_same(work / SETTINGS)
+    # Nothing is written before every process has checked everything.
+    state.wait_for_everyone()
     if state.is_main_process:
         work.mkdir(parents=True, exist_ok=True)
         settings.write(work / SETTINGS)

@@ -145,6 +145,8 @@ def arguments(settings: Settings, encoded: Encoded, folder: Path) -> Any:
         logging_nan_inf_filter=False,
         # Images are read as they are needed, from columns that the model does not know.
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         prediction_loss_only=encoded.metrics is None,
         disable_tqdm=True,
