@@ -156,6 +156,7 @@ def run(
             seed=seed,
             bf16=bf16,
             recompute=recompute,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
         )
         display = _display()
         be_quiet()

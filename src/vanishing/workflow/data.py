@@ -83,7 +83,8 @@ def read_splits(source: str, test_source: str | None) -> Splits:
         name = next(each for each in (*_HELD_OUT, *tests) if each in tests)
         test, held_out = tests[name], Path(test_source).name if os.path.exists(test_source) else test_source
     else:
-        name = next((each for each in _HELD_OUT if each in found and _is_labeled(found[each])), "")
+        others = [each for each in _HELD_OUT if each in found and each != train_name]
+        name = next((each for each in others if _is_labeled(found[each])), "")
         test, held_out = (found[name], f"its part {name!r}") if name else (None, "a tenth of it, never trained on")
     for split, where in ((train, source), (test, test_source or source)):
         if split is not None and len(split) == 0:
@@ -107,9 +108,13 @@ def _read(source: str) -> dict[str, Any]:
             if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
                 saved = datasets.load_from_disk(str(path))
                 return dict(saved) if isinstance(saved, dict) else {"train": saved}
-            if not any(path.iterdir()):
-                raise InputProblem(f"{source} is empty.")
-            return dict(datasets.load_dataset(str(path)))
+            endings = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
+            if not endings:
+                raise InputProblem(f"{source} holds no files.")
+            # Read as a file alone would be.
+            reader, settings = _READERS.get(endings.pop(), (str(path), {})) if len(endings) == 1 else (str(path), {})
+            place = {} if reader == str(path) else {"data_dir": str(path)}
+            return dict(datasets.load_dataset(reader, **place, **settings))
         if is_path(source) or path.suffix.lower() in _READERS:
             raise InputProblem(f"there is no file or folder {source}.")
         return dict(datasets.load_dataset(source))
@@ -124,11 +129,9 @@ def _read(source: str) -> dict[str, Any]:
 
 
 def _is_labeled(split: Any) -> bool:
-    """Whether a split has labels: where nobody is to know them they are -1."""
-    for name in split.column_names:
-        if name in _LABEL_NAMES and len(split) and isinstance(split[0][name], int):
-            return any(label >= 0 for label in split[name])
-    return True
+    """Whether a split has labels: where nobody is to know them they are -1 or missing."""
+    known = [name for name in _LABEL_NAMES if name in split.column_names]
+    return all(any(label is not None and label != -1 for label in split[name]) for name in known)
 
 
 def find_columns(split: Any, task: Task, inputs: Sequence[str], label: str | None) -> Columns:
@@ -198,28 +201,37 @@ def find_labels(splits: Splits, task: Task, column: str) -> tuple[str | int, ...
     Raises:
         InputProblem: the labels cannot be classes, or those that are measured on are not all trained on.
     """
-    kind = splits.train.features[column]
-    kind = kind.feature if task.name is TaskName.TOKEN_CLASSIFICATION else kind
-    if isinstance(kind, datasets.ClassLabel):
-        return tuple(kind.names)
-    train = _values(splits.train, task, column)
-    if any(value is None or value == "" for value in train):
-        raise InputProblem(f"the column {column!r} has rows without a label. Remove or complete them.")
-    if not all(isinstance(value, (str, int)) for value in train):
-        raise InputProblem(f"the column {column!r} holds {kind}, and a label is a name or a whole number.")
-    if splits.test is not None:
-        unseen = _values(splits.test, task, column) - train
-        if unseen:
-            raise InputProblem(
-                f"the label {sorted(unseen, key=str)[0]!r} is measured on and never trained on. Give data in which "
-                f"both parts have the same labels."
-            )
-    return tuple(sorted(train, key=lambda value: (isinstance(value, str), value)))
+    train = _labels_of(splits.train, task, column)
+    test = set() if splits.test is None else _labels_of(splits.test, task, column)
+    names = class_label(splits.train, column)
+    # A class that has a name need not have an example.
+    unseen = test - train - set(() if names is None else names)
+    if unseen:
+        raise InputProblem(
+            f"the label {sorted(unseen, key=str)[0]!r} is measured on and never trained on. Give data in which both "
+            f"parts have the same labels."
+        )
+    return tuple(names) if names is not None else tuple(sorted(train, key=lambda v: (isinstance(v, str), v)))
 
 
-def _values(split: Any, task: Task, column: str) -> set[Any]:
+def class_label(split: Any, column: str) -> list[str] | None:
+    """Return the names of the classes that a column numbers, None where it holds the labels themselves."""
+    kind = split.features[column]
+    kind = kind.feature if isinstance(kind, datasets.List) else kind
+    return list(kind.names) if isinstance(kind, datasets.ClassLabel) else None
+
+
+def _labels_of(split: Any, task: Task, column: str) -> set[str | int]:
+    """The labels that stand in a column, by name where it has names."""
     values = split[column]
-    return {tag for tags in values for tag in tags} if task.name is TaskName.TOKEN_CLASSIFICATION else set(values)
+    found = {tag for tags in values for tag in tags} if task.name is TaskName.TOKEN_CLASSIFICATION else set(values)
+    names = class_label(split, column)
+    if any(value is None or value == "" or (names is not None and value == -1) for value in found):
+        raise InputProblem(f"the column {column!r} has rows without a label. Remove or complete them.")
+    if not all(isinstance(value, (str, int)) for value in found):
+        kind = split.features[column]
+        raise InputProblem(f"the column {column!r} holds {kind}, and a label is a name or a whole number.")
+    return found if names is None else {names[value] for value in found}
 
 
 def class_names(labels: Sequence[str | int]) -> list[str]:

@@ -6,13 +6,14 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, default_data_collator
 
-from vanishing.workflow.data import Columns, Splits, hold_out
+from vanishing.workflow.data import Columns, Splits, class_label, hold_out
 from vanishing.workflow.problems import InputProblem
 from vanishing.workflow.tasks import Task, TaskName
 
@@ -98,9 +99,7 @@ def _give_padding(tokenizer: Any) -> None:
 
 def _column(label_ids: Mapping[str | int, int], split: Any, name: str) -> Mapping[Any, int]:
     """Numbers of the classes by what stands in the column, which for named classes are numbers too."""
-    kind = split.features[name]
-    kind = getattr(kind, "feature", kind)
-    names = getattr(kind, "names", None)
+    names = class_label(split, name)
     return label_ids if names is None else {i: label_ids[each] for i, each in enumerate(names)}
 
 
@@ -115,7 +114,10 @@ def _encode_images(
         numbers = _column(label_ids, split, label)
 
         def transform(rows: dict[str, list[Any]]) -> dict[str, Any]:
-            pictures = [each.convert(mode) for each in rows[image]]
+            try:
+                pictures = [each.convert(mode) for each in rows[image]]
+            except OSError as error:
+                raise InputProblem(f"an image cannot be read: {error}. Remove it from the data.") from None
             pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
             return {"pixel_values": list(pixels), "labels": [numbers[each] for each in rows[label]]}
 
@@ -129,14 +131,13 @@ def _encode_texts(
 ) -> Encoded:
     label = columns.label
     assert label is not None
-    numbers = _column(label_ids, splits.train, label)
 
-    def encode_rows(rows: dict[str, list[Any]]) -> dict[str, Any]:
+    def encode_rows(rows: dict[str, list[Any]], numbers: Mapping[Any, int]) -> dict[str, Any]:
         texts = [[text or "" for text in rows[name]] for name in columns.inputs]
         encoded = tokenizer(*texts, truncation=True, max_length=length)
         return {**encoded, "labels": [numbers[each] for each in rows[label]]}
 
-    train, test = (_mapped(split, encode_rows) for split in (splits.train, splits.test))
+    train, test = _both(splits, label_ids, label, encode_rows)
     notes, longest = _cut(train, length)
     collate = DataCollatorWithPadding(tokenizer)
     return Encoded(train, test, splits.held_out, collate, accuracy, notes, longest)
@@ -149,9 +150,8 @@ def _encode_tokens(
     assert tags is not None
     if not tokenizer.is_fast:
         raise InputProblem("the tokenizer is a slow one, which cannot tell the words that tokens come from.")
-    numbers = _column(label_ids, splits.train, tags)
 
-    def encode_rows(rows: dict[str, list[Any]]) -> dict[str, Any]:
+    def encode_rows(rows: dict[str, list[Any]], numbers: Mapping[Any, int]) -> dict[str, Any]:
         encoded = tokenizer(rows[words], truncation=True, max_length=length, is_split_into_words=True)
         labels = []
         for row, row_tags in enumerate(rows[tags]):
@@ -164,7 +164,7 @@ def _encode_tokens(
             labels.append([numbers[row_tags[w]] if first else _IGNORED for first, w in pairs])
         return {**encoded, "labels": labels}
 
-    train, test = (_mapped(split, encode_rows) for split in (splits.train, splits.test))
+    train, test = _both(splits, label_ids, tags, encode_rows)
     notes, longest = _cut(train, length)
     collate = DataCollatorForTokenClassification(tokenizer)
     return Encoded(train, test, splits.held_out, collate, token_accuracy, notes, longest)
@@ -191,6 +191,17 @@ def _encode_language(splits: Splits, columns: Columns, tokenizer: Any, length: i
     if test is None or not len(train) or not len(test):
         raise InputProblem(f"the text is too short for blocks of {length} tokens. Give more, or a lower --max-length.")
     return Encoded(train, test, splits.held_out, default_data_collator, None)
+
+
+def _both(
+    splits: Splits, label_ids: Mapping[str | int, int], label: str, encode_rows: Callable[..., dict[str, Any]]
+) -> tuple[Any, Any]:
+    """Both splits encoded, each by its own numbers of the classes."""
+    train, test = (
+        _mapped(split, partial(encode_rows, numbers=_column(label_ids, split, label)))
+        for split in (splits.train, splits.test)
+    )
+    return train, test
 
 
 def _mapped(split: Any, encode_rows: Callable[[dict[str, list[Any]]], dict[str, Any]]) -> Any:

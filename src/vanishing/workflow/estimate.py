@@ -12,9 +12,9 @@ import torch
 from vanishing.memory import MemoryEstimate, estimate_memory
 from vanishing.plan import Plan
 from vanishing.recipe import Recipe
-from vanishing.summary import Summary, summary
+from vanishing.summary import summary
 from vanishing.workflow.encoding import batch_of
-from vanishing.workflow.job import Job, check_places, peak_bytes, read_job, without_head
+from vanishing.workflow.job import Job, check_device, check_places, peak_bytes, read_job, without_head
 from vanishing.workflow.settings import Settings
 
 
@@ -25,7 +25,8 @@ class Estimate:
     Args:
         job: the run.
         plan: which layer gets what.
-        summary: sizes of every layer, now and in the end (before training; pruning keeps its share, factors theirs).
+        dense_bytes: of the original's weights.
+        small_bytes: of the small model's, as they would be saved now.
         fade: the optimizer step at which the original's share is 0.
         memory: what the tensors of the training hold at once.
         process_bytes: what the process takes without them; 0 where they are on a device of their own.
@@ -33,7 +34,8 @@ class Estimate:
 
     job: Job
     plan: Plan
-    summary: Summary
+    dense_bytes: int
+    small_bytes: int
     fade: int
     memory: MemoryEstimate
     process_bytes: int
@@ -50,7 +52,7 @@ class Estimate:
             "notes": list(self.job.encoded.notes),
             "steps": self.job.steps,
             "fade_ends_at": self.fade,
-            "bytes": {"original": self.summary.before.bytes, "compressed": self.summary.after.bytes},
+            "bytes": {"original": self.dense_bytes, "compressed": self.small_bytes},
             "peak_memory_bytes": self.memory.peak + self.process_bytes,
             "memory_of": "the process" if self.process_bytes else "the device",
             "plan": rows,
@@ -64,16 +66,20 @@ def estimate(settings: Settings, output: Path) -> Estimate:
         InputProblem: something about the input is wrong.
         RecipeError: the recipe does not fit the model.
     """
+    output = output.absolute()
     check_places(output, output.with_name(f"{output.name}.work"), resume=False)
     job = read_job(settings)
+    check_device(job)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     process_bytes = 0 if device.type == "cuda" else _resident_bytes()
     model = job.build()
     recipe = Recipe.from_dict(settings.recipe)
     plan = (without_head(recipe, model) if settings.keep_head else recipe).match(model)
     transition = job.prepare(model)
-    sizes = summary(model)
-    model.to(device)
+    dense_bytes = job.dense_bytes(model)
+    # The types that weights are saved in; what was read in them loses nothing.
+    small_bytes = summary(model.to(job.dtype)).after.bytes
+    model.float().to(device)
     if settings.recompute:
         model.activation_checkpointing_enable()
 
@@ -84,7 +90,7 @@ def estimate(settings: Settings, output: Path) -> Estimate:
         return value
 
     memory = estimate_memory(transition, loss, settings.batch_size, accumulate=settings.accumulate > 1)
-    return Estimate(job, plan, sizes, transition.end, memory, process_bytes)
+    return Estimate(job, plan, dense_bytes, small_bytes, transition.end, memory, process_bytes)
 
 
 def _resident_bytes() -> int:

@@ -86,9 +86,24 @@ class Job:
     def build(self, folder: str | None = None) -> Any:
         """Return the original, from its source or from the folder where it was trained."""
         transformers.set_seed(self.settings.seed)
-        if folder is not None:
-            return build(Source(folder, self.source.config), self.task, None, new_head=False)
-        return build(self.source, self.task, self.labels, new_head=self.new_head)
+        source = self.source if folder is None else Source(folder, self.source.config)
+        anew = self.new_head and folder is None
+        model = build(source, self.task, self.labels if anew else None, new_head=anew)
+        padding = getattr(self.processor, "pad_token_id", None)
+        if padding is not None and model.config.get_text_config().pad_token_id is None:
+            # Classifiers on decoders look for the last token that is none.
+            model.config.get_text_config().pad_token_id = padding
+        return model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the original's weights, in which the small model is saved; training is in single precision."""
+        given = getattr(torch, str(self.source.config.dtype).removeprefix("torch."), None)
+        return given if isinstance(given, torch.dtype) else torch.float32
+
+    def dense_bytes(self, model: nn.Module) -> int:
+        """Return what the weights of the original take in its own type."""
+        return sum(p.numel() for p in model.parameters()) * self.dtype.itemsize
 
     def prepare(self, model: nn.Module) -> Transition:
         """Put a model into transition, laid out for the length of the run.
@@ -97,6 +112,8 @@ class Job:
             RecipeError: the recipe does not fit the model; it is unchanged.
             InputProblem: the run is shorter than the transition.
         """
+        if self.settings.recompute and not getattr(model, "supports_gradient_checkpointing", False):
+            raise InputProblem(f"--recompute: {type(model).__name__} cannot compute its activations twice.")
         recipe = Recipe.from_dict(self.settings.recipe)
         if self.settings.keep_head:
             recipe = without_head(recipe, model)
@@ -214,6 +231,10 @@ def run(settings: Settings, output: Path, *, resume: bool, display: Display) -> 
         Interrupted: a signal came; where the run stands is saved.
         RunProblem: the disk is full, or the training diverged.
     """
+    # What is written in the end must not fail for what is not installed.
+    from vanishing.workflow import card, report  # noqa: F401
+
+    output = output.absolute()
     work = output.with_name(f"{output.name}.work")
     # Several processes without accelerators are only found by who says that there are none.
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -221,6 +242,7 @@ def run(settings: Settings, output: Path, *, resume: bool, display: Display) -> 
     job = read_job(settings)
     for note in job.encoded.notes:
         display.say(note)
+    check_device(job)
     tried = job.build()
     _check_space(tried, work, job.new_head)
     job.prepare(tried)
@@ -229,41 +251,58 @@ def run(settings: Settings, output: Path, *, resume: bool, display: Display) -> 
         settings.check_same(work / SETTINGS)
     # Nothing is written before every process has checked everything.
     state.wait_for_everyone()
-    if state.is_main_process:
-        work.mkdir(parents=True, exist_ok=True)
-        settings.write(work / SETTINGS)
-    state.wait_for_everyone()
     try:
+        if state.is_main_process and not (work / SETTINGS).exists():
+            work.mkdir(parents=True, exist_ok=True)
+            settings.write(work / SETTINGS)
+        state.wait_for_everyone()
         return _run(job, output, work, display, state)
     except KeyboardInterrupt:
         raise Interrupted("stopped between two trainings", signal.SIGINT) from None
+    except torch.OutOfMemoryError:
+        raise RunProblem("the device is out of memory. Lower --batch-size, or give --recompute or --bf16.") from None
     except (OSError, RuntimeError, SafetensorError, VanishingError) as error:
-        if isinstance(error, (Interrupted, InputProblem)) or not _is_full(error, work):
-            raise
-        _remove_incomplete(work)
-        raise RunProblem(
-            f"the disk of {work} is full ({first_line(error)}). What was saved before is there: free some space and go "
-            f"on with --resume."
-        ) from error
+        if _is_full(error, work):
+            _remove_incomplete(work)
+            raise RunProblem(
+                f"the disk of {work} is full ({first_line(error)}). What was saved before is there: free some space "
+                f"and go on with --resume."
+            ) from error
+        if isinstance(error, VanishingError) and not isinstance(error, (Interrupted, RunProblem)):
+            raise RunProblem(str(error)) from error
+        raise
 
 
 def check_places(output: Path, work: Path, resume: bool) -> None:
     """Raise `InputProblem` if the output, or an earlier run's folder, is in the way."""
+    if os.path.ismount(output) or Path.cwd().is_relative_to(output):
+        raise InputProblem(f"{output} is a place that cannot be exchanged. Give a new folder below or beside it.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputProblem(f"{output} exists and is not an empty folder. Give another --output.")
     if resume and not (work / SETTINGS).exists():
         raise InputProblem(f"there is no run to go on with: {work} is not there. Leave out --resume.")
-    if not resume and work.exists():
+    if work.exists() and not (work / SETTINGS).exists() and any(work.iterdir()):
+        raise InputProblem(f"{work} is needed for checkpoints and holds something else. Give another --output.")
+    if not resume and (work / SETTINGS).exists():
         raise InputProblem(f"{work} holds a run that was broken off. Go on with --resume, or remove it.")
     parent = next((each for each in output.absolute().parents if each.exists()), Path("/"))
     if not os.access(parent, os.W_OK):
         raise InputProblem(f"{parent} cannot be written to. Give another --output.")
 
 
+def check_device(job: Job) -> None:
+    """Raise `InputProblem` if the machine cannot do what was asked for."""
+    try:
+        arguments(job.settings, job.encoded, Path("unused"))
+    except (ValueError, ImportError) as error:
+        raise InputProblem(f"the training cannot be set up here: {first_line(error)}") from None
+
+
 def _check_space(model: nn.Module, work: Path, new_head: bool) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     # Weights and AdamW's two moments, of the old checkpoint and of the new one; the trained original.
-    needed = (6 + new_head) * weights
+    held = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    needed = (6 + new_head) * weights - held
     parent = next(each for each in work.absolute().parents if each.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -277,6 +316,7 @@ def _run(job: Job, output: Path, work: Path, display: Display, state: Any) -> Re
     started = time.perf_counter()
     original = _original(job, work, display, state) if job.new_head else None
     model = job.build(original)
+    dense_bytes = job.dense_bytes(model)
     before = _evaluated_once(job, model, work, "the original", display, state)
     transition = job.prepare(model)
     stage = train("compressing", model, transition, job.settings, job.encoded, work / "checkpoints", display)
@@ -284,6 +324,7 @@ def _run(job: Job, output: Path, work: Path, display: Display, state: Any) -> Re
     fade = transition.end
     display.say("Finishing, saving, and measuring what was saved.")
     transition.finish(recalibrate=_recalibration_batches(job, model))
+    model.to(job.dtype)
     small = work / "small"
     if state.is_main_process:
         save(model, small, tokenizer=job.processor)
@@ -297,7 +338,7 @@ def _run(job: Job, output: Path, work: Path, display: Display, state: Any) -> Re
         before=before,
         after=after,
         summary=summary(reloaded),
-        dense_bytes=summary(reloaded).before.bytes,
+        dense_bytes=dense_bytes,
         small_bytes=sum((small / name).stat().st_size for name in ("model.safetensors", "vanishing.json")),
         fade=fade,
         steps=stage.steps,

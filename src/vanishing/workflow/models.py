@@ -48,6 +48,10 @@ class Source:
         is_timm = self.config.model_type == "timm_wrapper" and task.name is TaskName.IMAGE_CLASSIFICATION
         if not task.classifies or (own is not task and not is_timm):
             return None
+        if self.config.num_labels < 2 or self.config.problem_type in ("regression", "multi_label_classification"):
+            raise InputProblem(
+                f"{self.name} does not put examples into one class each. Train a classifier that does, with --new-head."
+            )
         return [self.config.id2label[i] for i in range(self.config.num_labels)]
 
 
@@ -69,8 +73,17 @@ def read_source(name: str) -> Source:
             raise InputProblem(f"{name} has no config.json, so it is not the folder of a model of transformers.")
     elif is_path(name):
         raise InputProblem(f"there is no folder {name}. Give the folder of a model, or a name on the hub.")
+    return Source(name, read_config(name))
+
+
+def read_config(name: str) -> Any:
+    """Return the configuration of a model.
+
+    Raises:
+        InputProblem: it cannot be had.
+    """
     try:
-        return Source(name, transformers.AutoConfig.from_pretrained(name))
+        return transformers.AutoConfig.from_pretrained(name)
     except _UNREADABLE as error:
         if os.path.isdir(name):
             raise InputProblem(f"{name} is no model that transformers can read: {first_line(error)}") from None
@@ -112,6 +125,8 @@ def build(source: Source, task: Task, labels: Sequence[str] | None, *, new_head:
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
             "ignore_mismatched_sizes": True,
+            # An earlier head may have been for several labels at once.
+            "problem_type": "single_label_classification",
         }
     auto_class = getattr(transformers, task.auto_class)
     try:
@@ -126,7 +141,19 @@ def build(source: Source, task: Task, labels: Sequence[str] | None, *, new_head:
             f"{source.name} has no weights for {len(missing)} parts of {type(model).__name__}, such as {missing[0]}. "
             f"Give a complete checkpoint, or the task that it is for with --task."
         )
+    if new_head:
+        _draw_anew(model, heads)
     return model.float()
+
+
+def _draw_anew(model: Any, heads: Sequence[str]) -> None:
+    """Draw the weights of a head, as one of as many classes would be kept otherwise."""
+    spread = getattr(model.config, "initializer_range", 0.02)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and _is_below_any(name, heads):
+            nn.init.normal_(module.weight, std=spread)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def head_names(model: Any) -> list[str]:
@@ -162,6 +189,13 @@ def read_for_inspection(name: str) -> nn.Module:
     if (Path(name) / MANIFEST).is_file():
         from vanishing.serialization import load
 
+        config = Path(name) / "config.json"
+        if not config.is_file():
+            raise InputProblem(
+                f"{name} is no model of transformers. Use vanishing.summary in Python."
+            )
+        if read_config(name).model_type == "timm_wrapper":
+            return load(name, transformers.TimmWrapperForImageClassification(read_config(name))).eval()
         return load(name)
     source = read_source(name)
     task = task_of_architecture(source.architectures)
@@ -203,6 +237,8 @@ def map_labels(source: Source, task: Task, own: Sequence[str], found: Sequence[s
     Raises:
         InputProblem: the two sets differ.
     """
+    if len(set(own)) == len(own) and {str(label) for label in found} <= set(own):
+        return {label: list(own).index(str(label)) for label in found}
     numbers = [label for label in found if isinstance(label, int)]
     if len(numbers) == len(found):
         outside = [number for number in numbers if not 0 <= number < len(own)]
@@ -213,6 +249,13 @@ def map_labels(source: Source, task: Task, own: Sequence[str], found: Sequence[s
             f"with its labels, or train a new head with --new-head."
         )
     known = {name.casefold(): i for i, name in enumerate(own)}
+    folded = [name.casefold() for name in own]
+    doubtful = [label for label in found if folded.count(str(label).casefold()) > 1]
+    if doubtful:
+        raise InputProblem(
+            f"{source.name} knows several labels {doubtful[0]!r}. Give the data's labels as their numbers, 0 to "
+            f"{len(own) - 1}."
+        )
     unknown = [label for label in found if str(label).casefold() not in known]
     if not unknown:
         return {label: known[str(label).casefold()] for label in found}

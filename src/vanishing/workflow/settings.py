@@ -33,6 +33,7 @@ class Settings(BaseModel):
         seed: of the order of the examples, of dropout and of a new head.
         bf16: whether products are computed in bfloat16.
         recompute: whether activations are computed again in the backward pass, to save memory.
+        processes: that train together.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,10 +55,13 @@ class Settings(BaseModel):
     seed: int
     bf16: bool
     recompute: bool
+    processes: int
 
     def write(self, file: Path) -> None:
         """Write the settings as JSON."""
-        file.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(file)
 
     def check_same(self, file: Path) -> None:
         """Raise `InputProblem` if a run began with other settings."""

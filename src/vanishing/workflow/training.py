@@ -63,6 +63,13 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
     def __init__(self, what: str, display: Display, stop: _Stop) -> None:
         self.what, self.display, self.stop = what, display, stop
         self.figures: dict[str, float] = {}
+        self.trainer: Any = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            # Resumed at its very end: the Trainer would take one step too many.
+            control.should_training_stop = True
+            self.trainer.get_batch_samples = lambda *_: ([], None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.display.begin(self.what, state.max_steps, state.global_step)
@@ -75,7 +82,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.stop.signal is not None and state.global_step < state.max_steps:
+        if self.stop.agreed and state.global_step < state.max_steps:
             control.should_evaluate = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -95,6 +102,7 @@ class _Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.agreed = False
 
     def wanted(self) -> bool:
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -102,7 +110,8 @@ class _Stop:
             asked = torch.tensor(self.signal or 0, device=device)
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
             self.signal = int(asked) or None
-        return self.signal is not None
+        self.agreed = self.signal is not None
+        return self.agreed
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -125,7 +134,7 @@ class _Stop:
 def arguments(settings: Settings, encoded: Encoded, folder: Path) -> Any:
     """Return the Trainer's arguments for a run whose checkpoints are in a folder."""
     steps = step_count(settings, len(encoded.train))
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
@@ -152,6 +161,10 @@ def arguments(settings: Settings, encoded: Encoded, folder: Path) -> Any:
         disable_tqdm=True,
         report_to="none",
     )
+    if args.n_gpu > 1:
+        # Without torchrun the Trainer would spread a batch over all devices, which no transition follows.
+        args._n_gpu = 1
+    return args
 
 
 def step_count(settings: Settings, examples: int) -> int:
@@ -208,7 +221,8 @@ def train(
     args = arguments(settings, encoded, folder)
     if settings.recompute:
         model.activation_checkpointing_enable()
-    trainer = make_trainer(model, args, encoded, [*callbacks, _Watcher(what, display, stop)])
+    watcher = _Watcher(what, display, stop)
+    trainer = watcher.trainer = make_trainer(model, args, encoded, [*callbacks, watcher])
     with stop.listening():
         try:
             trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
@@ -217,6 +231,7 @@ def train(
     if settings.recompute:
         model.activation_checkpointing_disable()
     state = trainer.state
-    if stop.signal is not None and state.global_step < state.max_steps:
+    if stop.wanted():
+        assert stop.signal is not None
         raise Interrupted(f"stopped at step {state.global_step} of {state.max_steps}", stop.signal)
     return Stage(trainer, state.max_steps, state.log_history)
