@@ -157,6 +157,43 @@ def test_an_image_classifier(tmp_path: Path) -> None:
     assert (tmp_path / "small" / "preprocessor_config.json").exists()
 
 
+def test_a_model_in_half_precision_stays_in_it(tmp_path: Path) -> None:
+    llama = write_llama(tmp_path / "llama")
+    transformers.LlamaForCausalLM.from_pretrained(llama).to(torch.bfloat16).save_pretrained(llama)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{text} .\n" for text, _ in sentences(60)))
+    run = ["--data", text, "--bits", 4, "--epochs", 1, "--max-length", 16, *settings(tmp_path)]
+    planned = outcome(compress(llama, *run, "--dry-run"))
+    found = outcome(compress(llama, *run))
+    given = sum(t.nbytes for t in load_file(llama / "model.safetensors").values())
+    assert found["bytes"]["original"] == planned["bytes"]["original"] == given
+    assert planned["bytes"]["compressed"] < given
+    small: Any = vanishing.load(tmp_path / "small")
+    assert small.dtype == torch.bfloat16
+
+
+def test_a_classifier_on_a_decoder_gets_a_padding_token(tmp_path: Path) -> None:
+    llama = write_llama(tmp_path / "llama")
+    table = write_csv(tmp_path / "train.csv", sentences(60))
+    run = ["--data", table, "--task", "text-classification", "--prune", 0.5, "--epochs", 1]
+    found = outcome(compress(llama, *run, *settings(tmp_path)))
+    assert found["task"] == "text-classification"
+    small: Any = vanishing.load(tmp_path / "small")
+    assert small.config.pad_token_id is not None
+
+
+def test_a_new_head_takes_the_place_of_one_with_as_many_classes(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    bert, _table = texts
+    other = write_csv(tmp_path / "other.csv", [(text, f"not {topic}") for text, topic in sentences(60)])
+    assert "--new-head" in one_line(compress(bert, "--data", other, "--binary", "--output", tmp_path / "small"))
+    run = ["--data", other, "--new-head", "--binary", "--epochs", 1]
+    outcome(compress(bert, *run, *settings(tmp_path, "--learning-rate", 1e-9)))
+    small: Any = vanishing.load(tmp_path / "small")
+    before = load_file(bert / "model.safetensors")["classifier.weight"]
+    assert (small.classifier.weight - before).abs().max() > 1e-3
+    assert set(small.config.label2id) == {f"not {label}" for label in LABELS}
+
+
 def test_a_dry_run_changes_nothing_and_tells_the_size(tmp_path: Path, texts: tuple[Path, Path]) -> None:
     bert, table = texts
     before = sorted(tmp_path.rglob("*"))
