@@ -289,6 +289,11 @@ class Transition:
                 "vanishing.integrations.fsdp.finish_gathered(transition, build) in every process instead."
             )
         if not (self.done or force):
+            if self._step == 0:
+                raise TransitionError(
+                    "finish: the clock stands at 0: transition.step() was never called. Call it after each optimizer "
+                    "step, or give the framework's Trainer a TransitionCallback."
+                )
             raise TransitionError(
                 f"finish: {self.end - self._step} of {self.end} optimizer steps remain until the compressed form "
                 f"stands alone. Train on, or call finish(force=True) to cut them off."

@@ -112,6 +112,11 @@ def test_the_card_and_the_report_tell_the_figures(tmp_path: Path, texts: tuple[P
     names: dict[str, Any] = {}
     exec(usage[1].replace("path/to/this/folder", str(tmp_path / "small")), names)
     assert isinstance(names["model"], transformers.BertForSequenceClassification)
+    # The recipe of the card is the one that was applied.
+    recipe = re.search(r"```yaml\n(.*?)```", card, re.DOTALL)
+    assert recipe is not None
+    plan = vanishing.Recipe.from_yaml(recipe[1]).match(transformers.BertForSequenceClassification.from_pretrained(bert))
+    assert next(row.outcome for row in plan.rows if row.name == "classifier") == "ignored"
     # Its own head is kept, and it is the model as it was given that is the original.
     before = load_file(bert / "model.safetensors")["classifier.weight"]
     assert (before - names["model"].classifier.weight).abs().max() < 0.2
@@ -252,6 +257,10 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "a task that the model is not for": (
         ["MODEL", "--data", "DATA", "--task", "image-classification", "--prune", 0.5],
         "holds the image?",
+    ),
+    "a language model's task for another model": (
+        ["MODEL", "--data", "DATA", "--task", "causal-lm", "--prune", 0.5],
+        "is no language model that predicts the next token",
     ),
     "too many tokens": (["MODEL", "--data", "DATA", "--binary", "--max-length", 99], "at most 32 tokens"),
     "a run to go on with": (["MODEL", "--data", "DATA", "--binary", "--resume"], "no run to go on with"),

@@ -117,7 +117,8 @@ def test_the_task_is_asked_for_or_the_models_or_the_datas(tmp_path: Path) -> Non
     pictures = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     assert choose_task(None, ["BertModel"], words).name is TaskName.TOKEN_CLASSIFICATION
     assert choose_task(None, ["BertModel"], texts).name is TaskName.TEXT_CLASSIFICATION
-    assert choose_task(None, [], alone).name is TaskName.CAUSAL_LM
+    with pytest.raises(InputProblem, match="with the column 'text', tells the task"):
+        choose_task(None, ["BertModel"], alone)
     assert choose_task(None, ["ViTModel"], pictures).name is TaskName.IMAGE_CLASSIFICATION
     assert choose_task(None, ["LlamaForCausalLM"], texts).name is TaskName.CAUSAL_LM
     assert choose_task(TaskName.TEXT_CLASSIFICATION, ["LlamaForCausalLM"], texts).name is TaskName.TEXT_CLASSIFICATION

@@ -206,7 +206,7 @@ def _plan_lines(planned: Estimate) -> list[str]:
         f"Steps: {facts['steps']:,}; the original is gone after step {facts['fade_ends_at']:,}.",
         f"Size of the weights: {megabytes(facts['bytes']['original'])} now, {megabytes(facts['bytes']['compressed'])} "
         f"in the end.",
-        f"Peak memory of {facts['memory_of']}: about {megabytes(facts['peak_memory_bytes'])}.",
+        f"Peak memory of {facts['memory_of']}: about {facts['peak_memory_bytes'] / 1e9:.1f} GB.",
     ]
     if facts["new_head"]:
         lines.insert(1, "The classifier is new: the original is trained first, for as many steps.")
@@ -223,7 +223,8 @@ def _show_result(result: Result, output: Path, as_json: bool) -> None:
     table.add_row(metric.replace("_", " "), f"{result.before[metric]:.4g}", f"{result.after[metric]:.4g}")
     table.add_row("loss", f"{result.before['loss']:.4g}", f"{result.after['loss']:.4g}")
     table.add_row("weights on disk", megabytes(result.dense_bytes), megabytes(result.small_bytes))
-    table.add_row("time of a forward pass", "1", f"{result.time_ratio:.2f}")
+    table.add_row("of these in compressed layers", *(megabytes(size) for size in result.compressed_bytes))
+    table.add_row("time of a forward pass, relative", "1", f"{result.time_ratio:.2f}")
     console = Console()
     console.print(table)
     console.print(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -96,9 +98,13 @@ def _table(sizes: Summary, options: dict[str, Options]) -> str:
             f"{after.bytes:,}",
             f"{after.bytes / total:.1%}",
             escape(row.technique),
-            "" if could is None else ", ".join(could.techniques) or escape(could.reason),
+            "" if could is None else escape(_in_words(could)),
         )
-    return as_text(table, width=200).rstrip()
+    return as_text(table, width=max(100, shutil.get_terminal_size((200, 24)).columns)).rstrip()
+
+
+def _in_words(options: Options) -> str:
+    return ", ".join(options.techniques) or shorten(options.reason, 45, placeholder=" ...")
 
 
 def _total(sizes: Summary, options: dict[str, Options]) -> str:

@@ -11,7 +11,6 @@ import transformers
 import yaml
 
 import vanishing
-from vanishing.recipe import Recipe
 from vanishing.workflow.job import Result
 from vanishing.workflow.models import shown_name
 from vanishing.workflow.tasks import TaskName
@@ -32,12 +31,13 @@ def model_card(result: Result) -> str:
         (metric.replace("_", " "), f"{result.before[metric]:.4g}", f"{result.after[metric]:.4g}"),
         ("loss", f"{result.before['loss']:.4g}", f"{result.after['loss']:.4g}"),
         ("weights, bytes", f"{result.dense_bytes:,}", f"{result.small_bytes:,}"),
+        ("of these in compressed layers", *(f"{size:,}" for size in result.compressed_bytes)),
         ("parameters", f"{facts['parameters']['original']:,}", f"{facts['parameters']['compressed']:,}"),
         ("of these not zero", "", f"{facts['nonzeros']:,}"),
         ("time of a forward pass, on the machine it was made on", "1", f"{result.time_ratio:.2f}"),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    recipe = Recipe.from_dict(settings.recipe).to_yaml()
+    recipe = result.recipe.to_yaml()
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
@@ -60,9 +60,9 @@ saved and loaded again first. {original_in_words(result)}
 
 ## How it was made
 
-vanishing {vanishing.__version__}, torch {torch.__version__}, transformers {transformers.__version__}; learning rate
-{settings.learning_rate:g}, {settings.epochs:g} epochs of batches of {settings.batch_size * settings.accumulate}, seed
-{settings.seed}.
+- vanishing {vanishing.__version__}, torch {torch.__version__}, transformers {transformers.__version__}
+- learning rate {settings.learning_rate:g}, epochs: {settings.epochs:g}, seed {settings.seed}
+- examples in an optimizer step: {settings.batch_size * settings.accumulate * settings.processes}
 
 ```yaml
 {recipe.strip()}

@@ -11,10 +11,9 @@ import torch
 
 from vanishing.memory import MemoryEstimate, estimate_memory
 from vanishing.plan import Plan
-from vanishing.recipe import Recipe
 from vanishing.summary import summary
 from vanishing.workflow.encoding import batch_of
-from vanishing.workflow.job import Job, check_device, check_places, peak_bytes, read_job, without_head
+from vanishing.workflow.job import Job, check_device, check_places, peak_bytes, read_job
 from vanishing.workflow.settings import Settings
 
 
@@ -73,8 +72,7 @@ def estimate(settings: Settings, output: Path) -> Estimate:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     process_bytes = 0 if device.type == "cuda" else _resident_bytes()
     model = job.build()
-    recipe = Recipe.from_dict(settings.recipe)
-    plan = (without_head(recipe, model) if settings.keep_head else recipe).match(model)
+    plan = job.recipe(model).match(model)
     transition = job.prepare(model)
     dense_bytes = job.dense_bytes(model)
     # The types that weights are saved in; what was read in them loses nothing.

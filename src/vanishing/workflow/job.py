@@ -43,7 +43,7 @@ from vanishing.workflow.models import (
 )
 from vanishing.workflow.problems import InputProblem, Interrupted, RunProblem
 from vanishing.workflow.settings import Settings
-from vanishing.workflow.tasks import Task, choose_task
+from vanishing.workflow.tasks import Task, choose_task, task_of_architecture
 from vanishing.workflow.training import Display, arguments, make_trainer, step_count, train
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,11 @@ class Job:
             model.config.get_text_config().pad_token_id = padding
         return model
 
+    def recipe(self, model: Any) -> Recipe:
+        """Return the recipe as it is applied to a model, its head left out where flags say the technique."""
+        recipe = Recipe.from_dict(self.settings.recipe)
+        return without_head(recipe, model) if self.settings.keep_head else recipe
+
     @property
     def dtype(self) -> torch.dtype:
         """The type of the original's weights, in which the small model is saved; training is in single precision."""
@@ -114,10 +119,7 @@ class Job:
         """
         if self.settings.recompute and not getattr(model, "supports_gradient_checkpointing", False):
             raise InputProblem(f"--recompute: {type(model).__name__} cannot compute its activations twice.")
-        recipe = Recipe.from_dict(self.settings.recipe)
-        if self.settings.keep_head:
-            recipe = without_head(recipe, model)
-        transition = prepare(model, recipe)
+        transition = prepare(model, self.recipe(model))
         transition.set_length(self.steps)
         if transition.end > self.steps:
             raise InputProblem(
@@ -144,6 +146,7 @@ class Result:
         time_ratio: time of a forward pass, small to original: the median over pairs.
         peak_bytes: the process's peak memory, or the device's.
         log: what the training logged.
+        recipe: as it was applied.
     """
 
     job: Job
@@ -158,6 +161,13 @@ class Result:
     time_ratio: float
     peak_bytes: int
     log: Sequence[Mapping[str, float]]
+    recipe: Recipe
+
+    @property
+    def compressed_bytes(self) -> tuple[int, int]:
+        """What the compressed layers take, before and after."""
+        rows = [row for row in self.summary.rows if row.technique]
+        return sum(row.before.bytes for row in rows), sum(row.after.bytes for row in rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain values."""
@@ -168,6 +178,7 @@ class Result:
             "original": self.before,
             "compressed": self.after,
             "bytes": {"original": self.dense_bytes, "compressed": self.small_bytes},
+            "compressed_layers_bytes": dict(zip(("original", "compressed"), self.compressed_bytes, strict=True)),
             "parameters": {"original": total.before.parameters, "compressed": total.after.parameters},
             "nonzeros": total.after.nonzeros,
             "time_ratio": round(self.time_ratio, 3),
@@ -191,6 +202,8 @@ def read_job(settings: Settings) -> Job:
     source = read_source(settings.model)
     splits = read_splits(settings.data, settings.test_data)
     task = choose_task(settings.task, source.architectures, splits.train.features)
+    if not task.classifies and task_of_architecture(source.architectures) is not task:
+        raise InputProblem(f"{settings.model} is no language model that predicts the next token, as {task.name} needs.")
     columns = find_columns(splits.train, task, settings.input_columns, settings.label_column)
     processor = read_processor(source, task)
     labels: list[str] | None = None
@@ -317,6 +330,7 @@ def _run(job: Job, output: Path, work: Path, display: Display, state: Any) -> Re
     original = _original(job, work, display, state) if job.new_head else None
     model = job.build(original)
     dense_bytes = job.dense_bytes(model)
+    recipe = job.recipe(model)
     before = _evaluated_once(job, model, work, "the original", display, state)
     transition = job.prepare(model)
     stage = train("compressing", model, transition, job.settings, job.encoded, work / "checkpoints", display)
@@ -346,6 +360,7 @@ def _run(job: Job, output: Path, work: Path, display: Display, state: Any) -> Re
         time_ratio=_time_ratio(job, job.build(original), reloaded),
         peak_bytes=peak_bytes(),
         log=stage.log,
+        recipe=recipe,
     )
     _complete(result, small)
     if output.exists():

@@ -97,7 +97,7 @@ def is_path(name: str) -> bool:
 
 def shown_name(model: str) -> str:
     """Return the name of a model without the place where it lies."""
-    return Path(model).resolve().name if is_path(model) or os.path.isdir(model) else model
+    return Path(model).absolute().name if is_path(model) or os.path.isdir(model) else model
 
 
 def first_line(error: BaseException) -> str:
@@ -191,9 +191,7 @@ def read_for_inspection(name: str) -> nn.Module:
 
         config = Path(name) / "config.json"
         if not config.is_file():
-            raise InputProblem(
-                f"{name} is no model of transformers. Use vanishing.summary in Python."
-            )
+            raise InputProblem(f"{name} is no model of transformers. Use vanishing.summary in Python.")
         if read_config(name).model_type == "timm_wrapper":
             return load(name, transformers.TimmWrapperForImageClassification(read_config(name))).eval()
         return load(name)

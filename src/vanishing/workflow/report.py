@@ -73,6 +73,7 @@ def _figures(result: Result) -> str:
         (metric.replace("_", " "), f"{result.before[metric]:.4g}", f"{result.after[metric]:.4g}"),
         ("loss", f"{result.before['loss']:.4g}", f"{result.after['loss']:.4g}"),
         ("bytes on disk", f"{result.dense_bytes:,}", f"{result.small_bytes:,}"),
+        ("of these in compressed layers", *(f"{size:,}" for size in result.compressed_bytes)),
         ("parameters", f"{parameters['original']:,}", f"{parameters['compressed']:,}"),
         ("of these not zero", "", f"{facts['nonzeros']:,}"),
         ("time of a forward pass", "1", f"{result.time_ratio:.2f}"),

@@ -91,9 +91,13 @@ def task_of_data(features: Any) -> Task | None:
         return TASKS[TaskName.IMAGE_CLASSIFICATION]
     if any(isinstance(kind, datasets.List) for kind in kinds):
         return TASKS[TaskName.TOKEN_CLASSIFICATION]
-    if len(kinds) == 1:
-        return TASKS[TaskName.CAUSAL_LM]
-    return TASKS[TaskName.TEXT_CLASSIFICATION] if kinds else None
+    # One column of texts may be a language model's data, or a table that was read with the wrong separator.
+    return TASKS[TaskName.TEXT_CLASSIFICATION] if len(kinds) > 1 else None
+
+
+def _columns(features: Any) -> str:
+    names = [name if len(name) <= 40 else f"{name[:40]}..." for name in features]
+    return f"the column {names[0]!r}" if len(names) == 1 else f"the columns {', '.join(names)}"
 
 
 def choose_task(requested: TaskName | None, architectures: Sequence[str], features: Any) -> Task:
@@ -107,5 +111,7 @@ def choose_task(requested: TaskName | None, architectures: Sequence[str], featur
     task = task_of_architecture(architectures) or task_of_data(features)
     if task is None:
         names = ", ".join(TaskName)
-        raise InputProblem(f"neither the model nor the data tells the task. Name it with --task: {names}.")
+        raise InputProblem(
+            f"neither the model nor the data, with {_columns(features)}, tells the task. Name it with --task: {names}."
+        )
     return task
