@@ -1,7 +1,9 @@
 """What every test shares: reproducible property tests, one thread a worker, fixed seeds."""
 
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,3 +23,13 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_training_before() -> Iterator[None]:
+    """Let accelerate forget, after a test, how the training in it was set up: it keeps that for a process."""
+    yield
+    state: Any = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()

@@ -110,7 +110,8 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "vanishing.bench.digits")
-    monkeypatch.delitem(sys.modules, "vanishing.bench.report", raising=False)
+    for module in ("vanishing.bench.report", "vanishing.charts"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     result = RUNNER.invoke(app, ["demo", "--output", str(tmp_path)])
     assert result.exit_code == 1
     assert needs in result.stderr
