@@ -14,7 +14,6 @@ kernels are not taken over from earlier runs.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from paired import Ratios, Step, machine, seconds_of, time_pairs
+from paired import Ratios, Step, machine, seconds_of, time_pairs, write_record
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
@@ -60,16 +59,14 @@ def main() -> None:
     workload = Workload(size=options.size, batch=options.batch, device=options.device, autocast=autocast)
     settings = f"{'bfloat16' if options.bf16 else 'float32'}{', activations recomputed' if options.recompute else ''}"
     print(f"ViT-Tiny/16 at {options.size} px, batch {options.batch}, {settings}, {machine(options.device)}")
-    titles = f"{'graphs':>7}{'breaks':>7}{'first s':>9}{'median':>8}{'quartiles':>16}{'total':>7}"
-    print(f"{'arm':13}{'':9}{titles}{'eager ms':>10}{'compiled':>9}")
+    titles = f"{'graphs':>7}{'breaks':>7}{'first s':>9}{Ratios.titles('eager ms', 'compiled')}"
+    print(f"{'arm':13}{'':9}{titles}")
     phases = []
     for arm in options.arms:
         for phase in measure(workload, arm, options):
             phases.append(phase)
             print(_line(phase), flush=True)
-    if options.json:
-        record = {"settings": vars(options) | {"json": str(options.json)}, "machine": machine(options.device)}
-        options.json.write_text(json.dumps(record | {"phases": [asdict(p) for p in phases]}, indent=2) + "\n")
+    write_record(options, {"phases": [asdict(phase) for phase in phases]})
 
 
 def measure(workload: Workload, arm: str, options: argparse.Namespace) -> Iterator[Phase]:
@@ -110,14 +107,8 @@ def _step(workload: Workload, arm: str, length: int, recompute: bool, *, compile
 
 
 def _line(phase: Phase) -> str:
-    ratios = phase.compiled_to_eager
     compiling = f"{phase.graphs:7}{phase.graph_breaks:7}{phase.first_seconds:9.1f}"
-    quartiles = f"{ratios.lower_quartile:.3f} - {ratios.upper_quartile:.3f}"
-    times = f"{ratios.baseline_ms:10.1f}{ratios.step_ms:9.1f}"
-    return (
-        f"{phase.arm:13}{phase.phase:9}{compiling}{ratios.median_ratio:8.3f}{quartiles:>16}{ratios.total_ratio:7.3f}"
-        f"{times}"
-    )
+    return f"{phase.arm:13}{phase.phase:9}{compiling}{phase.compiled_to_eager}"
 
 
 def _require_compiler() -> None:

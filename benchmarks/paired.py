@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +25,16 @@ class Ratios:
     total_ratio: float
     baseline_ms: float
     step_ms: float
+
+    @staticmethod
+    def titles(baseline: str, step: str) -> str:
+        """Return what stands above the columns of `str`."""
+        return f"{'median':>8}{'quartiles':>17}{'total':>8}{baseline:>10}{step:>9}"
+
+    def __str__(self) -> str:
+        quartiles = f"{self.lower_quartile:.3f} - {self.upper_quartile:.3f}"
+        times = f"{self.baseline_ms:10.1f}{self.step_ms:9.1f}"
+        return f"{self.median_ratio:8.3f}{quartiles:>17}{self.total_ratio:8.3f}{times}"
 
 
 def time_pairs(baseline: Step, step: Step, *, pairs: int, device: str) -> Ratios:
@@ -64,3 +76,10 @@ def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+
+
+def write_record(options: argparse.Namespace, results: dict[str, object]) -> None:
+    """Write the results beside the settings and the machine, if `--json` names a file."""
+    if options.json:
+        record = {"settings": vars(options) | {"json": str(options.json)}, "machine": machine(options.device)}
+        options.json.write_text(json.dumps(record | results, indent=2) + "\n")

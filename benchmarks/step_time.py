@@ -11,27 +11,12 @@ the ratio of the total times, in which work that is done only every few steps sh
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from paired import machine, time_pairs
+from paired import Ratios, machine, time_pairs, write_record
 from workload import ARMS, Workload, dense, make_step
-
-
-@dataclass(frozen=True)
-class Timing:
-    """An arm against the dense step: ratios without a unit, times in milliseconds."""
-
-    arm: str
-    pairs: int
-    median_ratio: float
-    lower_quartile: float
-    upper_quartile: float
-    total_ratio: float
-    dense_ms: float
-    arm_ms: float
 
 
 def main() -> None:
@@ -41,36 +26,22 @@ def main() -> None:
     autocast = None if options.dtype == "float32" else getattr(torch, options.dtype)
     workload = Workload(size=options.size, batch=options.batch, device=options.device, autocast=autocast)
     print(f"ViT-Tiny/16 at {options.size} px, batch {options.batch}, {options.dtype}, {machine(options.device)}")
-    print(f"{'arm':34}{'median':>8}{'quartiles':>17}{'total':>8}{'dense ms':>10}{'arm ms':>9}")
-    timings = []
+    print(f"{'arm':34}{Ratios.titles('dense ms', 'arm ms')}")
+    arms = []
     for arm in options.arms:
-        timing = compare(workload, arm, pairs=options.pairs, warm_up=options.warm_up)
-        timings.append(timing)
-        quartiles = f"{timing.lower_quartile:.3f} - {timing.upper_quartile:.3f}"
-        times = f"{timing.dense_ms:10.1f}{timing.arm_ms:9.1f}"
-        print(f"{arm:34}{timing.median_ratio:8.3f}{quartiles:>17}{timing.total_ratio:8.3f}{times}", flush=True)
-    if options.json:
-        record = {"settings": vars(options) | {"json": str(options.json)}, "machine": machine(options.device)}
-        options.json.write_text(json.dumps(record | {"arms": [asdict(t) for t in timings]}, indent=2) + "\n")
+        ratios = compare(workload, arm, pairs=options.pairs, warm_up=options.warm_up)
+        arms.append({"arm": arm, "pairs": options.pairs, "arm_to_dense": asdict(ratios)})
+        print(f"{arm:34}{ratios}", flush=True)
+    write_record(options, {"arms": arms})
 
 
-def compare(workload: Workload, arm: str, *, pairs: int, warm_up: int) -> Timing:
-    """Return the timing of `pairs` pairs of a dense step and a step of the arm, after `warm_up` pairs."""
+def compare(workload: Workload, arm: str, *, pairs: int, warm_up: int) -> Ratios:
+    """Return the ratios of `pairs` pairs of a dense step and a step of the arm, after `warm_up` pairs."""
     steps = (make_step(workload, dense), make_step(workload, ARMS[arm]))
     for _ in range(warm_up):
         for step in steps:
             step()
-    ratios = time_pairs(*steps, pairs=pairs, device=workload.device)
-    return Timing(
-        arm=arm,
-        pairs=pairs,
-        median_ratio=ratios.median_ratio,
-        lower_quartile=ratios.lower_quartile,
-        upper_quartile=ratios.upper_quartile,
-        total_ratio=ratios.total_ratio,
-        dense_ms=ratios.baseline_ms,
-        arm_ms=ratios.step_ms,
-    )
+    return time_pairs(*steps, pairs=pairs, device=workload.device)
 
 
 def _options() -> argparse.Namespace:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vanishing.cli.display import LineDisplay, NoDisplay, TerminalDisplay
+from vanishing.cli.display import LineDisplay, TerminalDisplay
 from vanishing.cli.outcome import one_line_errors
 from vanishing.cli.quiet import be_quiet
 from vanishing.cli.wording import megabytes
@@ -163,24 +163,19 @@ def run(
         if dry_run:
             _show_plan(settings, output, as_json)
             return
+        from vanishing.workflow.job import run as run_job
+
         try:
-            result = _run(settings, output, resume, display)
+            result = run_job(settings, output, resume=resume, display=display)
         except Interrupted as error:
             raise Interrupted(f"{error}. Go on with the same command and --resume.", error.signal) from None
         if result is not None:
             _show_result(result, output, as_json)
 
 
-def _run(settings: Settings, output: Path, resume: bool, display: Display) -> Result | None:
-    from vanishing.workflow.job import run as run_job
-
-    return run_job(settings, output, resume=resume, display=display)
-
-
 def _display() -> Display:
-    if int(os.environ.get("RANK", "0")):
-        return NoDisplay()
-    console = Console(stderr=True)
+    # One process speaks for all.
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     return TerminalDisplay(console) if console.is_terminal else LineDisplay(console)
 
 
@@ -214,17 +209,15 @@ def _plan_lines(planned: Estimate) -> list[str]:
 
 
 def _show_result(result: Result, output: Path, as_json: bool) -> None:
+    from vanishing.workflow.figures import figures
+
     facts: dict[str, Any] = result.to_dict()
     if as_json:
         typer.echo(json.dumps({"output": str(output)} | facts, indent=2))
         return
-    metric = facts["metric"]
     table = Table("", "original", "small")
-    table.add_row(metric.replace("_", " "), f"{result.before[metric]:.4g}", f"{result.after[metric]:.4g}")
-    table.add_row("loss", f"{result.before['loss']:.4g}", f"{result.after['loss']:.4g}")
-    table.add_row("weights on disk", megabytes(result.dense_bytes), megabytes(result.small_bytes))
-    table.add_row("of these in compressed layers", *(megabytes(size) for size in result.compressed_bytes))
-    table.add_row("time of a forward pass, relative", "1", f"{result.time_ratio:.2f}")
+    for row in figures(result, megabytes):
+        table.add_row(*row)
     console = Console()
     console.print(table)
     console.print(

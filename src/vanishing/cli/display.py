@@ -80,21 +80,5 @@ class LineDisplay:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class NoDisplay:
-    """Nothing, for all processes but the first."""
-
-    def begin(self, what: str, steps: int, done: int) -> None:
-        """Begin a stage."""
-
-    def advance(self, done: int, figures: dict[str, float]) -> None:
-        """Show a step."""
-
-    def end(self) -> None:
-        """End the stage."""
-
-    def say(self, text: str) -> None:
-        """Show a line."""
-
-
 def _in_words(figures: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in figures.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from dataclasses import asdict, dataclass
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated
@@ -115,8 +114,7 @@ def _total(sizes: Summary, options: dict[str, Options]) -> str:
         lines.append(f"Before it was compressed: {before.parameters:,} parameters, {megabytes(before.bytes)}.")
     else:
         lines.append(f"Layers that could be compressed hold {able / after.bytes:.0%} of that.")
-    types = Counter(row.layer for row in sizes.rows if row.layer == "Embedding")
-    if types:
+    if any(row.layer == "Embedding" for row in sizes.rows):
         lines.append("An embedding is compressed where a recipe gives its exact name or its type.")
     return "\n".join(lines)
 

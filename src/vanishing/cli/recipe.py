@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,9 +54,11 @@ def commented_recipe(model: nn.Module, name: str) -> str:
     Raises:
         InputProblem: nothing in it can be compressed.
     """
+    from vanishing.workflow.models import head_names
     from vanishing.workflow.problems import InputProblem
 
-    groups = list(_groups(model))
+    heads = head_names(model)
+    groups = list(_groups(model, heads))
     if not groups:
         raise InputProblem(f"{name} has no layer that can be compressed.")
     rules = "".join(_rule(*group) for group in groups)
@@ -71,7 +73,7 @@ def commented_recipe(model: nn.Module, name: str) -> str:
 #   {{kind: binary}}  {{kind: ternary}}
 #   {{kind: low_rank, ratio: 0.25}}                       or rank: 16, or energy: 0.9
 rules:
-{rules}{_heads(model)}
+{rules}{_heads(heads)}
 # The original's share falls from 1 to 0 over this part of the training. The rest is recovery.
 schedule:
   kind: linear_schedule
@@ -79,16 +81,15 @@ schedule:
 """
 
 
-def _groups(model: nn.Module) -> Iterator[tuple[str, int, int, str]]:
+def _groups(model: nn.Module, heads: Sequence[str]) -> Iterator[tuple[str, int, int, str]]:
     """Layers whose names differ in numbers alone: their glob, how many, their bytes, and their type."""
     from vanishing.layers import find_kind
-    from vanishing.workflow.models import head_names
+    from vanishing.workflow.models import is_below_any
 
-    heads = head_names(model)
     groups: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
         kind = find_kind(module)
-        if kind is None or kind.explicit_only or any(name == h or name.startswith(f"{h}.") for h in heads):
+        if kind is None or kind.explicit_only or is_below_any(name, heads):
             continue
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
         # In a model for a task, a body without a head stands under a name of its own.
@@ -107,10 +108,7 @@ def _rule(pattern: str, count: int, size: int, layer: str) -> str:
 """
 
 
-def _heads(model: nn.Module) -> str:
-    from vanishing.workflow.models import head_names
-
-    heads = head_names(model)
+def _heads(heads: Sequence[str]) -> str:
     if not heads:
         return ""
     lines = "".join(f'  - "{head}"\n' for head in heads)

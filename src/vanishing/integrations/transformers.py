@@ -95,10 +95,9 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
-        """Let a training that is resumed at its very end be over: the Trainer would take one step too many."""
+        """Let a training that is resumed at its very end be over."""
         if state.global_step >= state.max_steps:
-            control.should_training_stop = True
-            _trainer_of(self).get_batch_samples = _no_batches
+            take_no_step(_trainer_of(self), control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
@@ -169,6 +168,12 @@ def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     steps = sorted((int(m[1]) for name in names if (m := re.fullmatch(r"checkpoint-(\d+)", name))), reverse=True)
     paths = (Path(folder) / f"checkpoint-{step}" for step in steps)
     return next((str(path) for path in paths if _is_complete(path)), None)
+
+
+def take_no_step(trainer: Any, control: TrainerControl) -> None:
+    """Stop a Trainer whose epoch begins after the last step of its training: it would take one step too many."""
+    control.should_training_stop = True
+    trainer.get_batch_samples = _no_batches
 
 
 def _no_batches(*_: Any) -> tuple[list[Any], None]:

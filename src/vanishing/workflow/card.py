@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -11,6 +10,7 @@ import transformers
 import yaml
 
 import vanishing
+from vanishing.workflow.figures import figures, original_in_words
 from vanishing.workflow.job import Result
 from vanishing.workflow.models import shown_name
 from vanishing.workflow.tasks import TaskName
@@ -20,22 +20,13 @@ def model_card(result: Result) -> str:
     """Return the card as Markdown, with the fields that the Hugging Face hub reads."""
     settings = result.job.settings
     facts = result.to_dict()
-    metric = facts["metric"]
     name = shown_name(settings.model)
     head: dict[str, Any] = {"library_name": "vanishing", "tags": ["vanishing", "compressed"]}
     is_language = result.job.task.name is TaskName.CAUSAL_LM
     head["pipeline_tag"] = "text-generation" if is_language else result.job.task.name.value
     if not os.path.isdir(settings.model):
         head["base_model"] = settings.model
-    rows = [
-        (metric.replace("_", " "), f"{result.before[metric]:.4g}", f"{result.after[metric]:.4g}"),
-        ("loss", f"{result.before['loss']:.4g}", f"{result.after['loss']:.4g}"),
-        ("weights, bytes", f"{result.dense_bytes:,}", f"{result.small_bytes:,}"),
-        ("of these in compressed layers", *(f"{size:,}" for size in result.compressed_bytes)),
-        ("parameters", f"{facts['parameters']['original']:,}", f"{facts['parameters']['compressed']:,}"),
-        ("of these not zero", "", f"{facts['nonzeros']:,}"),
-        ("time of a forward pass, on the machine it was made on", "1", f"{result.time_ratio:.2f}"),
-    ]
+    rows = figures(result, "{:,} bytes".format)
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     recipe = result.recipe.to_yaml()
     return f"""---
@@ -70,13 +61,6 @@ saved and loaded again first. {original_in_words(result)}
 """
 
 
-def original_in_words(result: Result) -> str:
-    """Return a sentence on what the original is that a model is compared with."""
-    if result.job.new_head:
-        return "The original was trained with the same settings before."
-    return "The original is the model as it was given; it was not trained any further."
-
-
 def _usage(result: Result) -> str:
     if result.job.source.config.model_type == "timm_wrapper":
         return (
@@ -85,8 +69,3 @@ def _usage(result: Result) -> str:
             'model = vanishing.load("path/to/this/folder", TimmWrapperForImageClassification(config))'
         )
     return 'import vanishing\n\nmodel = vanishing.load("path/to/this/folder")'
-
-
-def settings_text(result: Result) -> str:
-    """Return all settings of a run as JSON."""
-    return json.dumps(result.job.settings.model_dump(mode="json"), indent=2)

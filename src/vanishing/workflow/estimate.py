@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 from vanishing.memory import MemoryEstimate, estimate_memory
 from vanishing.plan import Plan
 from vanishing.summary import summary
+from vanishing.workflow.disk import check_places, work_folder
 from vanishing.workflow.encoding import batch_of
-from vanishing.workflow.job import Job, check_device, check_places, peak_bytes, read_job
+from vanishing.workflow.job import Job, check_device, read_job
+from vanishing.workflow.measuring import resident_bytes
 from vanishing.workflow.settings import Settings
 
 
@@ -66,11 +67,11 @@ def estimate(settings: Settings, output: Path) -> Estimate:
         RecipeError: the recipe does not fit the model.
     """
     output = output.absolute()
-    check_places(output, output.with_name(f"{output.name}.work"), resume=False)
+    check_places(output, work_folder(output), resume=False)
     job = read_job(settings)
     check_device(job)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    process_bytes = 0 if device.type == "cuda" else _resident_bytes()
+    process_bytes = 0 if device.type == "cuda" else resident_bytes()
     model = job.build()
     plan = job.recipe(model).match(model)
     transition = job.prepare(model)
@@ -89,11 +90,3 @@ def estimate(settings: Settings, output: Path) -> Estimate:
 
     memory = estimate_memory(transition, loss, settings.batch_size, accumulate=settings.accumulate > 1)
     return Estimate(job, plan, dense_bytes, small_bytes, transition.end, memory, process_bytes)
-
-
-def _resident_bytes() -> int:
-    """Memory that the process has now."""
-    statistics = Path("/proc/self/statm")
-    if statistics.exists():
-        return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return peak_bytes()

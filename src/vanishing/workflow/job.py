@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import logging
-import os
-import resource
 import shutil
 import signal
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +19,30 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vanishing.errors import VanishingError
-from vanishing.integrations.transformers import last_complete_checkpoint
 from vanishing.recipe import Recipe
-from vanishing.serialization import load, save
+from vanishing.serialization import save
 from vanishing.summary import Summary, summary
 from vanishing.transition import Transition, prepare
 from vanishing.workflow.data import class_names, find_columns, find_labels, read_splits
+from vanishing.workflow.disk import (
+    SETTINGS,
+    check_places,
+    check_space,
+    is_full,
+    remove_incomplete,
+    work_folder,
+    write_whole,
+)
 from vanishing.workflow.encoding import Encoded, encode, measures
+from vanishing.workflow.measuring import peak_bytes, time_ratio
 from vanishing.workflow.models import (
     Source,
-    blank,
     build,
     first_line,
     head_names,
     map_labels,
     read_processor,
+    read_small,
     read_source,
 )
 from vanishing.workflow.problems import InputProblem, Interrupted, RunProblem
@@ -46,11 +50,8 @@ from vanishing.workflow.settings import Settings
 from vanishing.workflow.tasks import Task, choose_task, task_of_architecture
 from vanishing.workflow.training import Display, arguments, make_trainer, step_count, train
 
-logger = logging.getLogger(__name__)
-
-SETTINGS, RESULTS = "run.json", "results.json"
+RESULTS = "results.json"
 _RECALIBRATION_BATCHES = 20
-_TIMED_PAIRS = 10
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def run(settings: Settings, output: Path, *, resume: bool, display: Display) -> 
     from vanishing.workflow import card, report  # noqa: F401
 
     output = output.absolute()
-    work = output.with_name(f"{output.name}.work")
+    work = work_folder(output)
     # Several processes without accelerators are only found by who says that there are none.
     state = PartialState(cpu=not torch.accelerator.is_available())
     check_places(output, work, resume)
@@ -257,7 +258,7 @@ def run(settings: Settings, output: Path, *, resume: bool, display: Display) -> 
         display.say(note)
     check_device(job)
     tried = job.build()
-    _check_space(tried, work, job.new_head)
+    check_space(tried, work, job.new_head)
     job.prepare(tried)
     del tried
     if (work / SETTINGS).exists():
@@ -267,7 +268,7 @@ def run(settings: Settings, output: Path, *, resume: bool, display: Display) -> 
     try:
         if state.is_main_process and not (work / SETTINGS).exists():
             work.mkdir(parents=True, exist_ok=True)
-            settings.write(work / SETTINGS)
+            write_whole(work / SETTINGS, settings.model_dump_json(indent=2) + "\n")
         state.wait_for_everyone()
         return _run(job, output, work, display, state)
     except KeyboardInterrupt:
@@ -275,8 +276,8 @@ def run(settings: Settings, output: Path, *, resume: bool, display: Display) -> 
     except torch.OutOfMemoryError:
         raise RunProblem("the device is out of memory. Lower --batch-size, or give --recompute or --bf16.") from None
     except (OSError, RuntimeError, SafetensorError, VanishingError) as error:
-        if _is_full(error, work):
-            _remove_incomplete(work)
+        if is_full(error, work):
+            remove_incomplete(work)
             raise RunProblem(
                 f"the disk of {work} is full ({first_line(error)}). What was saved before is there: free some space "
                 f"and go on with --resume."
@@ -284,23 +285,6 @@ def run(settings: Settings, output: Path, *, resume: bool, display: Display) -> 
         if isinstance(error, VanishingError) and not isinstance(error, (Interrupted, RunProblem)):
             raise RunProblem(str(error)) from error
         raise
-
-
-def check_places(output: Path, work: Path, resume: bool) -> None:
-    """Raise `InputProblem` if the output, or an earlier run's folder, is in the way."""
-    if os.path.ismount(output) or Path.cwd().is_relative_to(output):
-        raise InputProblem(f"{output} is a place that cannot be exchanged. Give a new folder below or beside it.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputProblem(f"{output} exists and is not an empty folder. Give another --output.")
-    if resume and not (work / SETTINGS).exists():
-        raise InputProblem(f"there is no run to go on with: {work} is not there. Leave out --resume.")
-    if work.exists() and not (work / SETTINGS).exists() and any(work.iterdir()):
-        raise InputProblem(f"{work} is needed for checkpoints and holds something else. Give another --output.")
-    if not resume and (work / SETTINGS).exists():
-        raise InputProblem(f"{work} holds a run that was broken off. Go on with --resume, or remove it.")
-    parent = next((each for each in output.absolute().parents if each.exists()), Path("/"))
-    if not os.access(parent, os.W_OK):
-        raise InputProblem(f"{parent} cannot be written to. Give another --output.")
 
 
 def check_device(job: Job) -> None:
@@ -311,27 +295,13 @@ def check_device(job: Job) -> None:
         raise InputProblem(f"the training cannot be set up here: {first_line(error)}") from None
 
 
-def _check_space(model: nn.Module, work: Path, new_head: bool) -> None:
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # Weights and AdamW's two moments, of the old checkpoint and of the new one; the trained original.
-    held = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
-    needed = (6 + new_head) * weights - held
-    parent = next(each for each in work.absolute().parents if each.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputProblem(
-            f"the checkpoints of the run need {needed / 1e6:,.0f} MB and the disk of {parent} has "
-            f"{free / 1e6:,.0f} MB left. Free some space, or give another --output."
-        )
-
-
 def _run(job: Job, output: Path, work: Path, display: Display, state: Any) -> Result | None:
     started = time.perf_counter()
     original = _original(job, work, display, state) if job.new_head else None
     model = job.build(original)
     dense_bytes = job.dense_bytes(model)
     recipe = job.recipe(model)
-    before = _evaluated_once(job, model, work, "the original", display, state)
+    before = _evaluated_once(job, model, work, display, state)
     transition = job.prepare(model)
     stage = train("compressing", model, transition, job.settings, job.encoded, work / "checkpoints", display)
     seconds = time.perf_counter() - started
@@ -343,7 +313,7 @@ def _run(job: Job, output: Path, work: Path, display: Display, state: Any) -> Re
     if state.is_main_process:
         save(model, small, tokenizer=job.processor)
     state.wait_for_everyone()
-    reloaded = load_small(small, model)
+    reloaded = read_small(str(small))
     after = _evaluate(job, reloaded, work)
     if not state.is_main_process:
         return None
@@ -357,7 +327,7 @@ def _run(job: Job, output: Path, work: Path, display: Display, state: Any) -> Re
         fade=fade,
         steps=stage.steps,
         seconds=seconds,
-        time_ratio=_time_ratio(job, job.build(original), reloaded),
+        time_ratio=time_ratio(job.encoded, job.settings.batch_size, job.build(original), reloaded),
         peak_bytes=peak_bytes(),
         log=stage.log,
         recipe=recipe,
@@ -397,17 +367,15 @@ def _original(job: Job, work: Path, display: Display, state: Any) -> str:
     return str(folder)
 
 
-def _evaluated_once(job: Job, model: Any, work: Path, what: str, display: Display, state: Any) -> dict[str, float]:
+def _evaluated_once(job: Job, model: Any, work: Path, display: Display, state: Any) -> dict[str, float]:
     file = work / "original.json"
     if file.exists():
         known: dict[str, float] = json.loads(file.read_text())
         return known
-    display.say(f"Measuring {what}.")
+    display.say("Measuring the original.")
     measured = _evaluate(job, model, work)
     if state.is_main_process:
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(measured))
-        unfinished.rename(file)
+        write_whole(file, json.dumps(measured))
     state.wait_for_everyone()
     return measured
 
@@ -415,13 +383,6 @@ def _evaluated_once(job: Job, model: Any, work: Path, what: str, display: Displa
 def _evaluate(job: Job, model: Any, work: Path) -> dict[str, float]:
     trainer = make_trainer(model, arguments(job.settings, job.encoded, work / "checkpoints"), job.encoded, [])
     return measures(job.task, trainer.evaluate())
-
-
-def load_small(folder: Path, model: Any) -> Any:
-    """Load a saved model anew; one that transformers builds from another library's name is built here."""
-    if model.config.model_type == "timm_wrapper":
-        return load(folder, blank(model)).eval()
-    return load(folder)
 
 
 def _recalibration_batches(job: Job, model: nn.Module) -> list[dict[str, Any]] | None:
@@ -436,47 +397,3 @@ def _recalibration_batches(job: Job, model: nn.Module) -> list[dict[str, Any]] |
     rows = [chosen[i :: max(1, count // size)] for i in range(max(1, count // size))]
     batches = (job.encoded.collate([job.encoded.train[i] for i in indices]) for indices in rows)
     return [{n: v.to(device) for n, v in batch.items() if n != "labels"} for batch in batches]
-
-
-@torch.inference_mode()
-def _time_ratio(job: Job, original: nn.Module, small: nn.Module) -> float:
-    """The time of a forward pass of the small model as a share of the original's."""
-    device = next(small.parameters()).device
-    rows = [job.encoded.test[i] for i in range(min(job.settings.batch_size, len(job.encoded.test)))]
-    batch = {n: v.to(device) for n, v in job.encoded.collate(rows).items() if n != "labels"}
-    models = [original.to(device).eval(), small.eval()]
-    seconds = [[_seconds(model, batch, device) for model in models] for _ in range(_TIMED_PAIRS + 1)]
-    return statistics.median(after / before for before, after in seconds[1:])
-
-
-def _seconds(model: nn.Module, batch: dict[str, Any], device: torch.device) -> float:
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    model(**batch)
-    wait()
-    return time.perf_counter() - started
-
-
-def peak_bytes() -> int:
-    """Return the peak of the device's memory, or of the process's."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _is_full(error: BaseException, work: Path) -> bool:
-    """Whether an error comes from a full disk; PyTorch's own does not say so."""
-    told = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    writing = "PytorchStreamWriter" in str(error)
-    return told or (writing and work.exists())
-
-
-def _remove_incomplete(work: Path) -> None:
-    """Remove what a full disk left of a checkpoint, so that there is room to go on."""
-    for folder in (work / "checkpoints", work / "original-checkpoints"):
-        kept = last_complete_checkpoint(folder)
-        for checkpoint in folder.glob("checkpoint-*"):
-            if str(checkpoint) != kept:
-                shutil.rmtree(checkpoint, ignore_errors=True)
-    shutil.rmtree(work / "original-unfinished", ignore_errors=True)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from vanishing.manifest import MANIFEST
+from vanishing.serialization import load
 from vanishing.workflow.problems import InputProblem
 from vanishing.workflow.tasks import Task, TaskName, task_of_architecture
 
@@ -134,7 +135,7 @@ def build(source: Source, task: Task, labels: Sequence[str] | None, *, new_head:
     except _UNREADABLE as error:
         raise InputProblem(f"{source.name} cannot be read as a model for {task.name}: {first_line(error)}") from None
     heads = head_names(model)
-    missing = [name for name in loading["missing_keys"] if not _is_below_any(name, heads)]
+    missing = [name for name in loading["missing_keys"] if not is_below_any(name, heads)]
     # A body without weights would be trained from scratch without a word. Poolers are part of a new head's training.
     if missing and not (new_head and all("pooler" in name for name in missing)):
         raise InputProblem(
@@ -150,7 +151,7 @@ def _draw_anew(model: Any, heads: Sequence[str]) -> None:
     """Draw the weights of a head, as one of as many classes would be kept otherwise."""
     spread = getattr(model.config, "initializer_range", 0.02)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and _is_below_any(name, heads):
+        if isinstance(module, nn.Linear) and is_below_any(name, heads):
             nn.init.normal_(module.weight, std=spread)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -170,13 +171,21 @@ def head_names(model: Any) -> list[str]:
     return outside + [n for n, m in model.named_modules() if m is output and n and n not in outside]
 
 
-def _is_below_any(name: str, modules: Sequence[str]) -> bool:
+def is_below_any(name: str, modules: Sequence[str]) -> bool:
+    """Whether a full name is that of one of these modules, or of something inside of one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def blank(model: Any) -> Any:
-    """Return a model of the same architecture with weights of no meaning."""
-    return type(model)(model.config)
+def read_small(folder: str) -> nn.Module:
+    """Return a model that was compressed and saved.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    config = read_config(folder)
+    # The library that holds this architecture makes it from a name, which is not in the folder.
+    skeleton = transformers.TimmWrapperForImageClassification(config) if config.model_type == "timm_wrapper" else None
+    return load(folder, skeleton).eval()
 
 
 def read_for_inspection(name: str) -> nn.Module:
@@ -187,14 +196,9 @@ def read_for_inspection(name: str) -> nn.Module:
         FileError: a saved model is damaged.
     """
     if (Path(name) / MANIFEST).is_file():
-        from vanishing.serialization import load
-
-        config = Path(name) / "config.json"
-        if not config.is_file():
+        if not (Path(name) / "config.json").is_file():
             raise InputProblem(f"{name} is no model of transformers. Use vanishing.summary in Python.")
-        if read_config(name).model_type == "timm_wrapper":
-            return load(name, transformers.TimmWrapperForImageClassification(read_config(name))).eval()
-        return load(name)
+        return read_small(name)
     source = read_source(name)
     task = task_of_architecture(source.architectures)
     if task is not None:

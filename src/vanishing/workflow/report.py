@@ -13,7 +13,7 @@ import transformers
 
 import vanishing
 from vanishing.charts import get_plotlyjs, graph_objects, to_html
-from vanishing.workflow.card import original_in_words, settings_text
+from vanishing.workflow.figures import figures, original_in_words
 from vanishing.workflow.job import Result
 from vanishing.workflow.models import shown_name
 
@@ -29,7 +29,7 @@ def report_page(result: Result) -> str:
         name=escape(shown_name(settings.model)),
         plotly=get_plotlyjs(),
         verdict=escape(verdict(result)),
-        figures=_figures(result),
+        figures="".join(_row(row, 1) for row in figures(result, "{:,} bytes".format)),
         examples=f"{facts['held_out_examples']:,}",
         held_out=escape(facts["held_out"]),
         original=original_in_words(result),
@@ -40,7 +40,7 @@ def report_page(result: Result) -> str:
         metric_section=_metric_section(result),
         beta_chart=_beta_chart(result),
         layers=_layers(result),
-        settings=escape(settings_text(result)),
+        settings=escape(settings.model_dump_json(indent=2)),
         version=vanishing.__version__,
         torch_version=torch.__version__,
         transformers_version=transformers.__version__,
@@ -63,22 +63,6 @@ def verdict(result: Result) -> str:
 def _row(cells: Sequence[str], numbers_from: int) -> str:
     columns = (f"<td{' class=number' if i >= numbers_from else ''}>{escape(c)}</td>" for i, c in enumerate(cells))
     return f"<tr>{''.join(columns)}</tr>"
-
-
-def _figures(result: Result) -> str:
-    facts = result.to_dict()
-    metric = facts["metric"]
-    parameters = facts["parameters"]
-    rows = [
-        (metric.replace("_", " "), f"{result.before[metric]:.4g}", f"{result.after[metric]:.4g}"),
-        ("loss", f"{result.before['loss']:.4g}", f"{result.after['loss']:.4g}"),
-        ("bytes on disk", f"{result.dense_bytes:,}", f"{result.small_bytes:,}"),
-        ("of these in compressed layers", *(f"{size:,}" for size in result.compressed_bytes)),
-        ("parameters", f"{parameters['original']:,}", f"{parameters['compressed']:,}"),
-        ("of these not zero", "", f"{facts['nonzeros']:,}"),
-        ("time of a forward pass", "1", f"{result.time_ratio:.2f}"),
-    ]
-    return "".join(_row(row, 1) for row in rows)
 
 
 def _layers(result: Result) -> str:

@@ -57,12 +57,6 @@ class Settings(BaseModel):
     recompute: bool
     processes: int
 
-    def write(self, file: Path) -> None:
-        """Write the settings as JSON."""
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(file)
-
     def check_same(self, file: Path) -> None:
         """Raise `InputProblem` if a run began with other settings."""
         try:

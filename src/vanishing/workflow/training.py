@@ -6,16 +6,16 @@ import contextlib
 import math
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from vanishing.integrations.transformers import TransitionCallback, last_complete_checkpoint
+from vanishing.integrations.transformers import TransitionCallback, last_complete_checkpoint, take_no_step
 from vanishing.transition import Transition
 from vanishing.workflow.encoding import Encoded, classes
 from vanishing.workflow.problems import Interrupted, RunProblem
@@ -47,14 +47,12 @@ class Stage:
     """A training, and what it logged.
 
     Args:
-        trainer: the Trainer that has run it.
         steps: optimizer steps of all of it.
         log: what the Trainer logged, in its order.
     """
 
-    trainer: Any
     steps: int
-    log: list[dict[str, float]] = field(default_factory=list)
+    log: list[dict[str, float]]
 
 
 class _Watcher(TrainerCallback):  # type: ignore[misc]
@@ -67,9 +65,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
-            # Resumed at its very end: the Trainer would take one step too many.
-            control.should_training_stop = True
-            self.trainer.get_batch_samples = lambda *_: ([], None)
+            take_no_step(self.trainer, control)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.display.begin(self.what, state.max_steps, state.global_step)
@@ -176,8 +172,6 @@ def step_count(settings: Settings, examples: int) -> int:
 
 def make_trainer(model: Any, args: Any, encoded: Encoded, callbacks: list[Any]) -> Any:
     """Return a Trainer that prints nothing by itself."""
-    from transformers import PrinterCallback
-
     trainer = Trainer(
         model,
         args,
@@ -234,4 +228,4 @@ def train(
     if stop.wanted():
         assert stop.signal is not None
         raise Interrupted(f"stopped at step {state.global_step} of {state.max_steps}", stop.signal)
-    return Stage(trainer, state.max_steps, state.log_history)
+    return Stage(state.max_steps, state.log_history)
