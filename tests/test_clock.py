@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -395,3 +396,15 @@ def test_the_gap_is_the_mean_distance_from_the_original_weights() -> None:
     transition.cancel()
     replaced = Recipe({"2": vanishing.Replace(same_shape)}, schedule=LinearSchedule(steps=4))
     assert vanishing.prepare(model, replaced).gap() is None
+
+
+@pytest.mark.parametrize("end", ["finish", "cancel"])
+@pytest.mark.parametrize(
+    "call", [lambda t: t.gap(), lambda t: t.set_length(8), lambda t: t.step(), lambda t: t.cancel()]
+)
+def test_a_transition_that_is_over_says_so(end: str, call: Callable[[vanishing.Transition], object]) -> None:
+    transition = vanishing.prepare(small_model(), Binary(), steps="50%")
+    transition.set_length(4)
+    transition.finish(force=True) if end == "finish" else transition.cancel()
+    with pytest.raises(vanishing.TransitionError, match=f"was {end}"):
+        call(transition)

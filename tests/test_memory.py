@@ -101,3 +101,40 @@ def test_a_frozen_original_saves_its_gradient_and_its_moments() -> None:
     original = 16 * 64 * 128 * 4
     assert estimate(False).optimizer - estimate(True).optimizer == 2 * original
     assert estimate(True).peak <= estimate(False).peak - 2 * original
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "settings", "message"),
+    [
+        (0, {}, "batch_size is a whole number, at least 1, got 0"),
+        (2.5, {}, r"batch_size .* got 2\.5"),
+        (True, {}, "batch_size .* got True"),
+        (8, {"moments": -1}, "moments is a whole number, at least 0, got -1"),
+    ],
+)
+def test_a_number_that_is_none_is_refused(batch_size: Any, settings: dict[str, Any], message: str) -> None:
+    model = network()
+    transition = vanishing.prepare(model, MagnitudePruning(sparsity=0.5), steps=10)
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(transition, losses(model), batch_size, **settings)
+
+
+@pytest.mark.parametrize("given", [lambda loss: loss.item(), lambda loss: loss.detach(), lambda loss: loss.expand(3)])
+def test_what_is_no_loss_is_refused_and_the_model_left_as_it_was(given: Callable[[Tensor], Any]) -> None:
+    model = network().eval()
+    transition = vanishing.prepare(model, MagnitudePruning(sparsity=0.5), steps=10)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loss = losses(model)
+    with pytest.raises(TypeError, match="compute_loss must return the loss"):
+        estimate_memory(transition, lambda size: given(loss(size)), BATCH)
+    assert not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_transition_that_is_over_is_refused() -> None:
+    model = network()
+    transition = vanishing.prepare(model, MagnitudePruning(sparsity=0.5), steps=10)
+    transition.finish(force=True)
+    with pytest.raises(vanishing.TransitionError, match="was finished"):
+        estimate_memory(transition, losses(model), BATCH)

@@ -61,6 +61,8 @@ def estimate_memory(
 
     Raises:
         TransitionError: the transition is over.
+        ValueError: `batch_size` is below 1, or `moments` below 0.
+        TypeError: `compute_loss` returns something else than a loss.
 
     >>> from vanishing import MagnitudePruning, prepare
     >>> model = nn.Linear(8, 8)
@@ -68,6 +70,9 @@ def estimate_memory(
     >>> estimate_memory(transition, lambda size: model(torch.zeros(size, 8)).sum(), 64).optimizer
     576
     """
+    for name, value, least in (("batch_size", batch_size, 1), ("moments", moments, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"estimate_memory: {name} is a whole number, at least {least}, got {value!r}.")
     model = transition.model
     trained = [p for p in model.parameters() if p.requires_grad]
     held = [*model.parameters(), *model.buffers()]
@@ -87,12 +92,21 @@ def _timeline(model: nn.Module, compute_loss: Callable[[int], Tensor], size: int
         parameter.grad = None
     held = 0
     if accumulate:
-        compute_loss(size).backward()
+        _loss(compute_loss, size).backward()
         held = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
     known = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
     with _Allocations([*known, *model.buffers()], held) as allocations:
-        compute_loss(size).backward()
+        _loss(compute_loss, size).backward()
     return allocations.timeline
+
+
+def _loss(compute_loss: Callable[[int], Tensor], size: int) -> Tensor:
+    loss = compute_loss(size)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise TypeError(
+            "estimate_memory: compute_loss must return the loss of a batch, a tensor of one number to train by."
+        )
+    return loss
 
 
 def _peak(few: list[int], more: list[int], size: int) -> int:

@@ -12,6 +12,7 @@ import torch
 
 import vanishing
 from integrations.distributed_runs import SCHEDULE, STEPS, TECHNIQUES, build
+from vanishing.integrations.fsdp import finish_gathered
 
 WORKER = Path(__file__).parent / "distributed_runs.py"
 WAYS = {"single": 1, "ddp": 2, "fsdp2": 2}
@@ -46,3 +47,12 @@ def test_two_processes_train_what_one_trains(way: str, technique: str, runs: Pat
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
     # A loss that does not move would agree as well.
     assert len(set(expected)) == STEPS
+
+
+def test_one_process_alone_has_nothing_to_gather() -> None:
+    model = torch.nn.Linear(4, 4)
+    transition = vanishing.prepare(model, vanishing.Binary(), steps=1)
+    transition.step()
+    with pytest.raises(vanishing.TransitionError, match="Call transition"):
+        finish_gathered(transition, lambda: torch.nn.Linear(4, 4))
+    assert type(transition.finish()) is torch.nn.Linear

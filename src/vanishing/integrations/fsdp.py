@@ -27,13 +27,16 @@ def finish_gathered(transition: Transition, build: Callable[[], nn.Module]) -> n
         The finished model in the first process, on the device on which `build` makes it, and None in the others.
 
     Raises:
-        TransitionError: the transition is not over.
+        TransitionError: the original has not vanished yet, the transition was finished, or there is one process alone.
     """
+    if not dist.is_initialized():
+        raise TransitionError("finish_gathered: the model is in one process. Call transition.finish() instead.")
     if not transition.done:
         raise TransitionError(
             f"finish_gathered: {transition.end - transition.steps_done} of {transition.end} optimizer steps remain "
             f"until the compressed form stands alone. Train on."
         )
+    clock = transition.state_dict()
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(transition.model, options=whole)
     if dist.get_rank() != 0:
@@ -41,5 +44,5 @@ def finish_gathered(transition: Transition, build: Callable[[], nn.Module]) -> n
     model = build()
     plain = prepare(model, transition.recipe)
     model.load_state_dict(state)
-    plain.load_state_dict(transition.state_dict())
+    plain.load_state_dict(clock)
     return plain.finish()
