@@ -239,7 +239,10 @@ WRONG: dict[str, tuple[list[object], str]] = {
     ),
     "no technique": (["MODEL", "--data", "DATA"], "Give --prune, --bits"),
     "two that exclude each other": (["MODEL", "--data", "DATA", "--bits", 4, "--binary"], "exclude each other"),
-    "a share above 1": (["MODEL", "--data", "DATA", "--prune", 1.5], "sparsity"),
+    "a share above 1": (["MODEL", "--data", "DATA", "--prune", 1.5], "--prune 1.5: sparsity is the share"),
+    "bits that are too many": (["MODEL", "--data", "DATA", "--bits", 9], "--bits 9: bits is the width"),
+    "no fade": (["MODEL", "--data", "DATA", "--binary", "--fade", 0], "--fade 0: steps is the length of the fall"),
+    "groups that cannot be": (["MODEL", "--data", "DATA", "--prune", "4:2"], "--prune 4:2: n is smaller than m"),
     "no number": (["MODEL", "--data", "DATA", "--prune", "much"], "--prune much: expected a number"),
     "a rank above the highest": (["MODEL", "--data", "DATA", "--low-rank", 1000], "rank is at most"),
     "no layer left": (

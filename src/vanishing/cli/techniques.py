@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from vanishing.compressors import Binary, LowRank, MagnitudePruning, Quantization, Ternary, WeightCompressor
@@ -43,11 +45,14 @@ def recipe_from_flags(
         raise InputProblem(f"{' and '.join(values)} exclude each other. Give one of them.")
     chain: list[WeightCompressor] = []
     if low_rank is not None:
-        chain.append(_low_rank(low_rank))
+        with _said_of(f"--low-rank {low_rank}"):
+            chain.append(_low_rank(low_rank))
     if prune is not None:
-        chain.append(_pruning(prune))
+        with _said_of(f"--prune {prune}"):
+            chain.append(_pruning(prune))
     if bits is not None:
-        chain.append(Quantization(bits=bits))
+        with _said_of(f"--bits {bits}"):
+            chain.append(Quantization(bits=bits))
     if binary or ternary:
         chain.append(Binary() if binary else Ternary())
     if not chain:
@@ -56,9 +61,18 @@ def recipe_from_flags(
     for following in chain[1:]:
         technique = technique | following
     steps: int | str = int(fade) if fade.isdecimal() else fade
-    return Recipe(
-        {"*": technique}, ignore=ignore, schedule=LinearSchedule(steps=steps), freeze_original=freeze_original
-    )
+    with _said_of(f"--fade {fade}"):
+        schedule = LinearSchedule(steps=steps)
+    return Recipe({"*": technique}, ignore=ignore, schedule=schedule, freeze_original=freeze_original)
+
+
+@contextlib.contextmanager
+def _said_of(flag: str) -> Iterator[None]:
+    """Let an error name the flag that it comes from in the place of a class of the library."""
+    try:
+        yield
+    except ConfigError as error:
+        raise InputProblem(f"{flag}: {str(error).partition('): ')[2]}") from None
 
 
 def _pruning(text: str) -> MagnitudePruning:
