@@ -6,6 +6,7 @@ from vanishing.compressors import (
     CompressedWeight,
     Compressor,
     Gradient,
+    HeadPruning,
     LowRank,
     MagnitudePruning,
     ProjectionCompressor,
@@ -13,6 +14,7 @@ from vanishing.compressors import (
     Replace,
     Ternary,
     WeightCompressor,
+    WidthPruning,
 )
 from vanishing.errors import ConfigError, FileError, RecipeError, TransitionError, VanishingError
 from vanishing.granularity import NM, Global, PerChannel, PerGroup, PerTensor
@@ -40,6 +42,8 @@ __all__ = [
     "Binary",
     "Ternary",
     "LowRank",
+    "HeadPruning",
+    "WidthPruning",
     "Replace",
     "LinearSchedule",
     "CosineSchedule",

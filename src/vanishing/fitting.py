@@ -16,6 +16,7 @@ from vanishing.errors import ConfigError, FileError
 from vanishing.layers import factor
 from vanishing.manifest import DType, LayerEntry, Manifest
 from vanishing.places import Places, is_below, join
+from vanishing.structure import narrowed, recounted
 
 _BUILD = "Build the original architecture, with the settings that it had when it was compressed."
 _TYPES = get_args(DType)
@@ -49,15 +50,15 @@ def identity(tensor: Tensor) -> Hashable:
 
 
 def rebuilt_names(manifest: Manifest, model: nn.Module) -> tuple[str, ...]:
-    """Return every name in the model of the modules that the manifest has factored or replaced."""
+    """Return every name in the model of the modules that the manifest has factored, replaced or narrowed."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    rebuilt = {id(modules[n]) for n, entry in manifest.modules.items() if entry.structure != "weight" and n in modules}
+    rebuilt = {id(modules[n]) for n, entry in manifest.modules.items() if entry.is_rebuilt and n in modules}
     return tuple(name for name, module in modules.items() if id(module) in rebuilt)
 
 
 @contextlib.contextmanager
 def rebuild(folder: Path, manifest: Manifest, model: nn.Module) -> Iterator[nn.Module]:
-    """Put the factored layers and replaced blocks of a manifest in their places; an error inside takes them out again.
+    """Put the factored and narrowed layers and replaced blocks of a manifest in their places, out again after an error.
 
     Yields:
         The model, or what replaced it if the model itself is a block that was replaced.
@@ -71,7 +72,7 @@ def rebuild(folder: Path, manifest: Manifest, model: nn.Module) -> Iterator[nn.M
         # A block comes before what is in it.
         for name in sorted(manifest.modules, key=lambda name: name.count(".") if name else -1):
             entry = manifest.modules[name]
-            if entry.structure == "weight":
+            if not entry.is_rebuilt:
                 continue
             try:
                 old = model.get_submodule(name)
@@ -95,6 +96,12 @@ def rebuild(folder: Path, manifest: Manifest, model: nn.Module) -> Iterator[nn.M
 
 
 def _rebuilt(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module) -> nn.Module:
+    if entry.counts:
+        module = recounted(module, entry.counts)
+    if entry.narrowed_from is not None:
+        module = narrowed(module, _shapes(manifest, name, entry, module))
+    if entry.structure == "weight":
+        return module
     if entry.rank is None:
         return BlockCompressor.from_dict(entry.compressor).build(module)
     first = manifest.entry(join(name, "0.weight"))
@@ -102,6 +109,18 @@ def _rebuilt(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module
     if first is None or entry.rank > min(max(first.shape, default=0), largest):
         raise ValueError(f"the file holds no factors of rank {entry.rank}. Save the model again.")
     return factor(module, entry.rank).train(module.training)
+
+
+def _shapes(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module) -> dict[str, list[int]]:
+    """The shapes of a narrowed layer's parameters, before it is factored."""
+    known = {p: manifest.entry(join(name, p)) for p in module._parameters}
+    if entry.structure == "weight":
+        return {parameter: found.shape for parameter, found in known.items() if found is not None}
+    first, second = manifest.entry(join(name, "0.weight")), manifest.entry(join(name, "1.weight"))
+    if first is None or second is None or not first.shape or not second.shape:
+        raise ValueError("the file holds no factors of it. Save the model again.")
+    rows, columns = second.shape[0], first.shape[-1]
+    return {"weight": [rows, columns]} | ({} if module._parameters.get("bias") is None else {"bias": [rows]})
 
 
 def check_fit(folder: Path, manifest: Manifest, model: nn.Module, *, unseen: tuple[str, ...] = ()) -> dict[str, Tensor]:

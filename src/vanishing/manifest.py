@@ -116,7 +116,8 @@ class LayerEntry(_Strict):
     """One layer of the model that is not, or not only, what the fresh architecture has there.
 
     `rank` is that of a factored layer. `compressor` makes a replaced block anew, and with the next two tells `summary`
-    what was done. `grids` names the parameters below the layer whose codes are stored.
+    what was done. `grids` names the parameters below the layer whose codes are stored. `narrowed_from` is the shape
+    that the weight of a narrower layer had, and `counts` holds what attributes of a module with fewer units are now.
     """
 
     structure: Literal["weight", "factored", "replaced"]
@@ -125,6 +126,13 @@ class LayerEntry(_Strict):
     parameters_before: Count | None = None
     bytes_before: Count | None = None
     grids: list[str] = []
+    narrowed_from: list[Size] | None = None
+    counts: dict[str, Size] = {}
+
+    @property
+    def is_rebuilt(self) -> bool:
+        """Whether the fresh architecture has something else there than the same layer."""
+        return self.structure != "weight" or self.narrowed_from is not None or bool(self.counts)
 
     @model_validator(mode="after")
     def _complete(self) -> LayerEntry:

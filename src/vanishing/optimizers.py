@@ -107,3 +107,13 @@ def leave(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -
                 group[key][:] = itertools.compress(group[key], stays)
         for parameter in [p for p in optimizer.state if id(p) in gone]:
             del optimizer.state[parameter]
+
+
+def exchange(optimizers: Iterable[Optimizer], pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Put other parameters in the places of some; their state, which has the shape of the old ones, begins anew."""
+    new = {id(old): parameter for old, parameter in pairs}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"][:] = [new.get(id(parameter), parameter) for parameter in group["params"]]
+        for parameter in [p for p in optimizer.state if id(p) in new]:
+            del optimizer.state[parameter]

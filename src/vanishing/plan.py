@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vanishing.blend import BlendedBlock, blended_weights
-from vanishing.compressors import BlockCompressor, Compressor, LayerView, Replace, WeightCompressor
+from vanishing.compressors import BlockCompressor, Compressor, LayerView, Replace, StructuredPruning, WeightCompressor
 from vanishing.errors import RecipeError
 from vanishing.layers import Factored, LayerKind, find_kind
 from vanishing.patterns import Glob, Pattern
 from vanishing.places import is_below
 from vanishing.receipt import read_receipt
 from vanishing.recipe import Recipe, Rule
+from vanishing.structure import find_groups, group_problem
 from vanishing.suitability import block_problem, replacement_problem, weight_problem
 from vanishing.tally import Tally, nearest_names, rule_problem
 from vanishing.text import as_text
@@ -157,6 +158,9 @@ class _Planner:
         self.ignored = {name for candidate in ignored for name in candidate.names}
         self.factored = {n for c in self.candidates if isinstance(c.module, Factored) for n in c.names}
         self.replaced: set[str] = set()
+        units = {c.unit for _, rule in recipe.rules if isinstance(c := rule.compressor, StructuredPruning)}
+        self.groups = {unit: {id(g.taker.layer): g for g in find_groups(model, unit)} for unit in units}
+        self.makers: dict[int, str] = {}
         receipt = read_receipt(model)
         self.finished = {} if receipt is None else receipt.layers
         self.selected: dict[int, list[tuple[_Candidate, str, int, Rule]]] = defaultdict(list)
@@ -175,6 +179,8 @@ class _Planner:
             )
             return self.plan
         self._check_factories()
+        for candidate in self.candidates:
+            self._claim(candidate)
         for candidate in self.candidates:
             self._place(candidate)
         for uses in self.selected.values():
@@ -204,6 +210,17 @@ class _Planner:
                     f"of them another name=."
                 )
 
+    def _claim(self, candidate: _Candidate) -> None:
+        """Note the layers that will be cut along with one from which a rule takes units."""
+        if not any(id(candidate.module) in groups for groups in self.groups.values()) or candidate.within(self.ignored):
+            return
+        for pattern, rule in self.recipe.rules:
+            if candidate.matched_by(pattern) and self._refusal(candidate, pattern, rule.compressor) is None:
+                if isinstance(rule.compressor, StructuredPruning):
+                    group = self.groups[rule.compressor.unit][id(candidate.module)]
+                    self.makers.update((id(part.layer), candidate.name) for part in group.makers)
+                return
+
     def _row(self, candidate: _Candidate, outcome: str, detail: str) -> None:
         self.plan.rows.append(PlanRow(candidate.name, candidate.describe(), outcome, detail))
 
@@ -217,6 +234,12 @@ class _Planner:
                 self._refuse(number, candidate, reason)
             if candidate.kind is not None:
                 self._row(candidate, "left", reason)
+            return
+        if id(candidate.module) in self.makers:
+            reason = f"units are cut out of it along with {self.makers[id(candidate.module)]!r}"
+            for number in matching:
+                self._refuse(number, candidate, reason)
+            self._row(candidate, "compress", reason)
             return
         reasons = []
         for place, number in enumerate(matching):
@@ -259,9 +282,24 @@ class _Planner:
             return f"it is not a layer with a weight that can be compressed{hint}"
         if candidate.kind.explicit_only and not pattern.explicit:
             return "an embedding is compressed only if a rule gives its type or exact name"
+        if isinstance(compressor, StructuredPruning):
+            return self._structure_refusal(candidate, compressor)
         if compressor.replaces_layer and candidate.within(self.factored):
             return "it is one of the two layers that a factored one is made of already"
         return compressor.refusal(candidate.kind)
+
+    def _structure_refusal(self, candidate: _Candidate, compressor: StructuredPruning) -> str | None:
+        """Why no units can be taken from a layer and those before it; None where they can."""
+        group = self.groups[compressor.unit].get(id(candidate.module))
+        if group is None:
+            return f"it takes up no {compressor.unit.value} of a kind that is known"
+        for part in group.parts:
+            tied = any(len(self.owners[id(parameter)]) > 1 for parameter in part.layer.parameters())
+            weight = _parameter(part.layer, "weight")
+            problem = "its weight is tied" if tied else weight_problem(part.layer, "weight", weight)
+            if problem:
+                return f"of {part.name!r}, which would be cut along with it: {problem}"
+        return group_problem(group)
 
     def _rebuilt_earlier(self, candidate: _Candidate, is_block: bool) -> str | None:
         """Why a module that an earlier transition built cannot be compressed again; None where it can."""
@@ -315,7 +353,12 @@ class _Planner:
             self._problem(compressor, candidate.name, candidate.describe(), problem or "it has no such parameter")
             return
         shape = tuple(weight.shape)
-        layers = [LayerView(c.module, c.kind, weight, c.kind.layout(c.module, shape)) for c, *_ in uses if c.kind]
+        groups = self.groups[compressor.unit] if isinstance(compressor, StructuredPruning) else {}
+        layers = [
+            LayerView(c.module, c.kind, weight, c.kind.layout(c.module, shape), groups.get(id(c.module)))
+            for c, *_ in uses
+            if c.kind
+        ]
         layer = layers[0]
         problem = self._fit_problem(uses, layers)
         if problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class FinishedLayer:
         parameters_before: number of parameters of the original layer.
         bytes_before: their size in memory.
         grids: parameter name below the layer -> the values that it may take, for quantized weights.
+        narrowed_from: shape of the original's weight, if features were cut out of it.
+        counts: attribute of the module -> what it counts now, if units were cut out of the layers in it.
     """
 
     compressor: Compressor
@@ -56,6 +58,8 @@ class FinishedLayer:
     parameters_before: int
     bytes_before: int
     grids: dict[str, Grid]
+    narrowed_from: tuple[int, ...] | None = None
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,11 @@ def extend_receipt(model: nn.Module, receipt: Receipt) -> None:
         # The size before is that of the first original.
         first = known.get(name, layer)
         layers[name] = dataclasses.replace(
-            layer, parameters_before=first.parameters_before, bytes_before=first.bytes_before
+            layer,
+            parameters_before=first.parameters_before,
+            bytes_before=first.bytes_before,
+            narrowed_from=first.narrowed_from or layer.narrowed_from,
+            counts=first.counts | layer.counts,
         )
     attach_receipt(model, Receipt(receipt.recipe, layers))
 

@@ -183,6 +183,8 @@ def _describe_layers(model: nn.Module, layers: dict[str, FinishedLayer], packed:
             parameters_before=done.parameters_before,
             bytes_before=done.bytes_before,
             grids=[parameter for parameter in done.grids if join(name, parameter) in packed],
+            narrowed_from=None if done.narrowed_from is None else list(done.narrowed_from),
+            counts=done.counts,
         )
     known = {id(modules[name]) for name in entries}
     replaced = [name for name, entry in entries.items() if entry.structure == "replaced"]
@@ -215,13 +217,15 @@ def _receipt(folder: Path, manifest: Manifest, grids: Mapping[str, dict[str, Gri
     layers = {
         name: FinishedLayer(
             compressor=compressor,
-            structure=manifest.modules[name].structure,
-            parameters_before=manifest.modules[name].parameters_before or 0,
-            bytes_before=manifest.modules[name].bytes_before or 0,
+            structure=entry.structure,
+            parameters_before=entry.parameters_before or 0,
+            bytes_before=entry.bytes_before or 0,
             grids=grids[name],
+            narrowed_from=tuple(entry.narrowed_from) if entry.narrowed_from else None,
+            counts=entry.counts,
         )
-        for name, compressor in compressors.items()
-        if compressor is not None
+        for name, entry in manifest.modules.items()
+        if (compressor := compressors.get(name)) is not None
     }
     recipe = None if manifest.recipe is None else _known(folder, "the recipe", Recipe.from_dict, manifest.recipe)
     return Receipt(recipe=recipe, layers=layers) if layers or recipe is not None else None

@@ -19,6 +19,7 @@ from vanishing.blend import (
 )
 from vanishing.compressors import CompressedWeight, Compressor
 from vanishing.compressors.low_rank import LowRankWeight
+from vanishing.compressors.structured import TakenUnits
 from vanishing.distributed import whole
 from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import ConfigError, TransitionError
@@ -27,6 +28,7 @@ from vanishing.places import Places
 from vanishing.plan import Plan, PlannedBlock, PlannedWeight
 from vanishing.random_state import random_state_kept
 from vanishing.receipt import FinishedLayer
+from vanishing.structure import cut, recount
 
 _TOLERANCE = 1e-5
 
@@ -187,6 +189,39 @@ class WeightSite(Site):
         return dict.fromkeys(self.planned.names, finished)
 
 
+class StructureSite(WeightSite):
+    """The weight that takes units up, blended in weight space, and the layers that make them."""
+
+    def __init__(self, planned: PlannedWeight, *, ramped: bool) -> None:
+        super().__init__(planned, ramped=ramped)
+        assert planned.layer.group is not None
+        self.group = planned.layer.group
+        layers = {part.name: part.layer for part in self.group.parts}
+        self._sizes = {n: (sum(p.numel() for p in layer.parameters()), _bytes(layer)) for n, layer in layers.items()}
+        self.narrowed: list[tuple[nn.Parameter, nn.Parameter]] = []
+
+    @property
+    def original_parameters(self) -> list[nn.Parameter]:
+        return super().original_parameters + [p for part in self.group.makers for p in part.layer.parameters()]
+
+    @torch.no_grad()
+    def finish(self, places: Places) -> dict[str, FinishedLayer]:
+        form = self.blend.form
+        assert isinstance(form, TakenUnits)
+        kept = form.kept
+        self.remove(places)
+        shapes = {part.name: tuple(part.layer.weight.shape) for part in self.group.parts}
+        self.narrowed = cut(self.group, kept)
+        finished = {
+            name: FinishedLayer(self.compressor, "weight", *self._sizes[name], {}, narrowed_from=shape)
+            for name, shape in shapes.items()
+        }
+        counts = recount(self.group, len(kept))
+        if counts:
+            finished[self.group.owner_name] = FinishedLayer(self.compressor, "weight", 0, 0, {}, counts=counts)
+        return finished
+
+
 class BlockSite(Site):
     """A block and its replacement, blended on outputs."""
 
@@ -243,6 +278,12 @@ def _latent_weight(module: nn.Module, name: str) -> nn.Parameter:
     if parametrizations is not None and name in parametrizations._modules:
         holder, name = parametrizations._modules[name], "original"
     return cast(nn.Parameter, holder._parameters[name])
+
+
+def build_weight_site(planned: PlannedWeight, *, ramped: bool) -> WeightSite:
+    """Return the place of a weight."""
+    site = WeightSite if planned.layer.group is None else StructureSite
+    return site(planned, ramped=ramped)
 
 
 def build_block_sites(plan: Plan) -> list[BlockSite]:

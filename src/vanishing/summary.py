@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +194,8 @@ def _final_tensors(
 def _size_before(module: nn.Module, finished: FinishedLayer | None, after: Size, passes: Passes) -> Size:
     if finished is not None:
         products = None if finished.structure == "replaced" else _dense_products(module, passes)
+        if products is not None and finished.narrowed_from is not None:
+            products = products * math.prod(finished.narrowed_from) // _weights(module)
         return Size(finished.parameters_before, None, finished.bytes_before, products)
     if isinstance(module, BlendedBlock) or parametrize.is_parametrized(module):
         original = list(_original_parameters(module))
@@ -200,6 +203,13 @@ def _size_before(module: nn.Module, finished: FinishedLayer | None, after: Size,
         nonzeros = sum(int(p.count_nonzero()) for p in original)
         return Size(count, nonzeros, sum(p.nbytes for p in original), _dense_products(module, passes))
     return after
+
+
+def _weights(module: Any) -> int:
+    """The number of weights of a layer as a matrix, factored or not."""
+    if isinstance(module, Factored):
+        return int(_weights(module[0]) // module.rank * (_weights(module[1]) // module.rank))
+    return int(module.weight.numel())
 
 
 def _original_parameters(module: nn.Module) -> Iterator[Tensor]:

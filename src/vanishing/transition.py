@@ -18,14 +18,14 @@ from vanishing.distributed import is_distributed, is_sharded
 from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import RecipeError, TransitionError
 from vanishing.inputs import call
-from vanishing.optimizers import OptimizerWatch, held_ids, join, leave, unheld_problems
+from vanishing.optimizers import OptimizerWatch, exchange, held_ids, join, leave, unheld_problems
 from vanishing.places import Places
 from vanishing.plan import make_plan
 from vanishing.random_state import random_state_restored_on_error
 from vanishing.receipt import FinishedLayer, Receipt, extend_receipt
 from vanishing.recipe import Recipe
 from vanishing.schedules import LinearSchedule, Schedule
-from vanishing.sites import Site, WeightSite, build_block_sites
+from vanishing.sites import Site, StructureSite, WeightSite, build_block_sites, build_weight_site
 
 _WHOLE_MODEL_TOLERANCE = 1e-4
 _ANY_LENGTH = 10**9
@@ -81,7 +81,7 @@ def prepare(
     with random_state_restored_on_error():
         blocks = build_block_sites(plan)
         plan.check()
-        weights = [WeightSite(w, ramped=ramps[w.rule] is not None) for w in plan.weights]
+        weights = [build_weight_site(w, ramped=ramps[w.rule] is not None) for w in plan.weights]
         transition = Transition(model, resolved, [*weights, *blocks], example_inputs)
         transition._begin(optimizer)
     return transition
@@ -481,6 +481,9 @@ class Transition:
                 # A layer with several weights, as an attention's, is one entry.
                 known = layers.get(name)
                 layers[name] = finished if known is None else _merged(known, finished)
+        exchange(
+            self._optimizers.seen, [pair for s in self._sites if isinstance(s, StructureSite) for pair in s.narrowed]
+        )
         self._close("finished")
         self._let_go(gone)
         return layers

@@ -230,6 +230,20 @@ def test_a_recipe_file_says_it_all(tmp_path: Path, texts: tuple[Path, Path]) -> 
     assert "classifier" in json.loads((tmp_path / "small" / "vanishing.json").read_text())["modules"]
 
 
+def test_heads_and_hidden_units_are_cut(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    found = outcome(
+        compress(texts[0], "--data", texts[1], *settings(tmp_path, "--heads", 0.5, "--width", 0.75, "--epochs", 2))
+    )
+    small: Any = vanishing.load(tmp_path / "small")
+    layer = small.bert.encoder.layer[1]
+    assert layer.attention.self.query.weight.shape == (16, 32)
+    assert layer.output.dense.weight.shape == (32, 16)
+    before, after = found["parameters"]["original"], found["parameters"]["compressed"]
+    # Of each of two layers: half of four attention matrices with three biases, three quarters of the two others.
+    assert before - after == 2 * (2 * 32 * 32 + 3 * 16 + 2 * 48 * 32 + 48)
+    assert found["bytes"]["compressed"] < found["bytes"]["original"]
+
+
 WRONG: dict[str, tuple[list[object], str]] = {
     "a model that is not there": (["./nothing", "--data", "DATA", "--binary"], "there is no folder ./nothing"),
     "data that is not there": (["MODEL", "--data", "./nothing.csv", "--binary"], "there is no file or folder"),
@@ -241,6 +255,8 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "two that exclude each other": (["MODEL", "--data", "DATA", "--bits", 4, "--binary"], "exclude each other"),
     "a share above 1": (["MODEL", "--data", "DATA", "--prune", 1.5], "--prune 1.5: sparsity is the share"),
     "bits that are too many": (["MODEL", "--data", "DATA", "--bits", 9], "--bits 9: bits is the width"),
+    "all heads": (["MODEL", "--data", "DATA", "--heads", 1], "--heads 1.0: sparsity is the share of units"),
+    "units and bits": (["MODEL", "--data", "DATA", "--heads", 0.5, "--bits", 4], "in the same run"),
     "no fade": (["MODEL", "--data", "DATA", "--binary", "--fade", 0], "--fade 0: steps is the length of the fall"),
     "groups that cannot be": (["MODEL", "--data", "DATA", "--prune", "4:2"], "--prune 4:2: n is smaller than m"),
     "no number": (["MODEL", "--data", "DATA", "--prune", "much"], "--prune much: expected a number"),

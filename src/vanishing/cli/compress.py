@@ -44,6 +44,13 @@ def run(
         str | None,
         typer.Option(help="Share of the weights that is kept, as in 0.25; or the rank.", rich_help_panel=_TECHNIQUE),
     ] = None,
+    heads: Annotated[
+        float | None, typer.Option(help="Share of attention heads that vanish, as in 0.5.", rich_help_panel=_TECHNIQUE)
+    ] = None,
+    width: Annotated[
+        float | None,
+        typer.Option(help="Share of the hidden units of feed-forwards that vanish.", rich_help_panel=_TECHNIQUE),
+    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Glob of layers to leave alone; repeatable.", rich_help_panel=_TECHNIQUE)
     ] = None,
@@ -121,7 +128,18 @@ def run(
 
         if epochs <= 0 or learning_rate <= 0:
             raise InputProblem("--epochs and --learning-rate are numbers above 0.")
-        flags = (prune, bits, low_rank, fade, *(ignore or ()), binary or None, ternary or None, freeze_original or None)
+        flags = (
+            prune,
+            bits,
+            low_rank,
+            heads,
+            width,
+            fade,
+            *(ignore or ()),
+            binary or None,
+            ternary or None,
+            freeze_original or None,
+        )
         if recipe is not None and any(flag is not None for flag in flags):
             raise InputProblem("a --recipe says it all: leave out the technique's flags, --ignore and --fade.")
         chosen = (
@@ -133,6 +151,8 @@ def run(
                 binary=binary,
                 ternary=ternary,
                 low_rank=low_rank,
+                heads=heads,
+                width=width,
                 fade=fade or "40%",
                 ignore=ignore or [],
                 freeze_original=freeze_original,

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 
-from vanishing.compressors import Binary, LowRank, MagnitudePruning, Quantization, Ternary, WeightCompressor
+from vanishing.compressors import (
+    Binary,
+    HeadPruning,
+    LowRank,
+    MagnitudePruning,
+    Quantization,
+    Ternary,
+    WeightCompressor,
+    WidthPruning,
+)
 from vanishing.errors import ConfigError
 from vanishing.granularity import NM
 from vanishing.recipe import Recipe
@@ -21,6 +32,8 @@ def recipe_from_flags(
     binary: bool,
     ternary: bool,
     low_rank: str | None,
+    heads: float | None,
+    width: float | None,
     fade: str,
     ignore: list[str],
     freeze_original: bool,
@@ -33,6 +46,8 @@ def recipe_from_flags(
         binary: whether weights are binary.
         ternary: whether they are ternary.
         low_rank: the share of weights that is kept, as in "0.25", or the rank, as in "16".
+        heads: the share of attention heads that vanish.
+        width: the share of the hidden units of feed-forward blocks that vanish.
         fade: steps, as in "1000", or a share of the run, as in "40%".
         ignore: globs of layers to leave alone.
         freeze_original: whether the originals of factored layers are not trained.
@@ -44,6 +59,13 @@ def recipe_from_flags(
     if len(values) > 1:
         raise InputProblem(f"{' and '.join(values)} exclude each other. Give one of them.")
     chain: list[WeightCompressor] = []
+    structure: list[WeightCompressor] = []
+    if heads is not None:
+        with _said_of(f"--heads {heads}"):
+            structure.append(HeadPruning(heads))
+    if width is not None:
+        with _said_of(f"--width {width}"):
+            structure.append(WidthPruning(width))
     if low_rank is not None:
         with _said_of(f"--low-rank {low_rank}"):
             chain.append(_low_rank(low_rank))
@@ -55,15 +77,18 @@ def recipe_from_flags(
             chain.append(Quantization(bits=bits))
     if binary or ternary:
         chain.append(Binary() if binary else Ternary())
-    if not chain:
-        raise InputProblem("no technique. Give --prune, --bits, --binary, --ternary or --low-rank, or a --recipe.")
-    technique = chain[0]
-    for following in chain[1:]:
-        technique = technique | following
+    if chain and structure:
+        raise InputProblem("--heads and --width cut layers, and nothing else can be done to them in the same run.")
+    if not chain and not structure:
+        raise InputProblem(
+            "no technique. Give --prune, --bits, --binary, --ternary, --low-rank, --heads or --width, or a --recipe."
+        )
     steps: int | str = int(fade) if fade.isdecimal() else fade
     with _said_of(f"--fade {fade}"):
         schedule = LinearSchedule(steps=steps)
-    return Recipe({"*": technique}, ignore=ignore, schedule=schedule, freeze_original=freeze_original)
+    # Both stand for every module: of two keys that are the same a mapping would keep one.
+    rules = dict(zip(("*", "**"), structure, strict=False)) or {"*": functools.reduce(operator.or_, chain)}
+    return Recipe(rules, ignore=ignore, schedule=schedule, freeze_original=freeze_original)
 
 
 @contextlib.contextmanager

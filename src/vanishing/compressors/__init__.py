@@ -17,6 +17,7 @@ from vanishing.compressors.low_rank import LowRank
 from vanishing.compressors.magnitude_pruning import MagnitudePruning
 from vanishing.compressors.quantization import Quantization
 from vanishing.compressors.replace import Replace
+from vanishing.compressors.structured import HeadPruning, StructuredPruning, WidthPruning
 from vanishing.compressors.ternary import Ternary
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "CompressedWeight",
     "Compressor",
     "Gradient",
+    "HeadPruning",
     "LayerView",
     "LowRank",
     "MagnitudePruning",
@@ -34,6 +36,8 @@ __all__ = [
     "ProjectionCompressor",
     "Quantization",
     "Replace",
+    "StructuredPruning",
     "Ternary",
     "WeightCompressor",
+    "WidthPruning",
 ]

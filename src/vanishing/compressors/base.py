@@ -17,6 +17,7 @@ from vanishing.receipt import Grid
 
 if TYPE_CHECKING:
     from vanishing.compressors.chain import Chain
+    from vanishing.structure import Group
 
 Beta = float | Tensor
 """The original's share: a float in eager mode, a tensor of no dimensions inside a compiled graph."""
@@ -59,12 +60,14 @@ class LayerView:
         kind: what the library knows about its type.
         weight: the weight, in the layer's own shape.
         layout: how it becomes a matrix.
+        group: the layers that are cut with it where units are taken out.
     """
 
     module: nn.Module
     kind: LayerKind
     weight: Tensor
     layout: Layout
+    group: Group | None = None
 
     @property
     def groups(self) -> int:

@@ -13,6 +13,7 @@ from vanishing.compressors.base import CompressedWeight, LayerView, Moment, Proj
 from vanishing.compressors.binary import Binary, SignsOfKept
 from vanishing.compressors.low_rank import LowRank, LowRankWeight, layer_view
 from vanishing.compressors.quantization import Quantization
+from vanishing.compressors.structured import StructuredPruning
 from vanishing.errors import ConfigError
 from vanishing.layers.base import LayerKind, Layout
 from vanishing.receipt import Grid
@@ -51,6 +52,10 @@ class Chain(WeightCompressor):
         object.__setattr__(self, "compressors", parts)
         if len(parts) < 2:
             raise ConfigError("Chain takes at least two techniques; use the one alone.")
+        if any(isinstance(part, StructuredPruning) for part in parts):
+            raise ConfigError(
+                "a chain acts on one weight, and units are taken out of several. Finish that, then prepare another one."
+            )
         for before, after in itertools.pairwise(parts):
             if before.stage >= after.stage:
                 raise ConfigError(
