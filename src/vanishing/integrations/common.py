@@ -1,6 +1,8 @@
-"""What every framework's callback checks before a training begins."""
+"""What the callbacks for frameworks share."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -33,3 +35,14 @@ def no_transition(step: int) -> TransitionError:
         f"the checkpoint of step {step} was written without a TransitionCallback, so it holds no transition. Resume "
         f"from one that does, or start anew."
     )
+
+
+def take_no_step(trainer: Any, control: Any) -> None:
+    """Stop transformers' Trainer where an epoch begins after the last step: it would take one step too many."""
+    control.should_training_stop = True
+    trainer.get_batch_samples = no_batches
+
+
+def no_batches(*_: Any) -> tuple[list[Any], None]:
+    """Return no batches, and no number of items in them."""
+    return [], None

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from vanishing.errors import TransitionError
-from vanishing.integrations.common import check_model, lay_out, no_transition
+from vanishing.integrations.common import check_model, lay_out, no_batches, no_transition, take_no_step
 from vanishing.transition import Transition
 
 try:
@@ -106,7 +106,7 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
         if self.transition.active and not self.transition.done:
             _forget_best(state)
         trainer = vars(_trainer_of(self))
-        if trainer.get("get_batch_samples") is _no_batches:
+        if trainer.get("get_batch_samples") is no_batches:
             del trainer["get_batch_samples"]
 
     def on_train_end(
@@ -168,16 +168,6 @@ def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     steps = sorted((int(m[1]) for name in names if (m := re.fullmatch(r"checkpoint-(\d+)", name))), reverse=True)
     paths = (Path(folder) / f"checkpoint-{step}" for step in steps)
     return next((str(path) for path in paths if _is_complete(path)), None)
-
-
-def take_no_step(trainer: Any, control: TrainerControl) -> None:
-    """Stop a Trainer whose epoch begins after the last step of its training: it would take one step too many."""
-    control.should_training_stop = True
-    trainer.get_batch_samples = _no_batches
-
-
-def _no_batches(*_: Any) -> tuple[list[Any], None]:
-    return [], None
 
 
 def _forget_best(state: TrainerState) -> None:

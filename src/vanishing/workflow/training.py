@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from vanishing.integrations.transformers import TransitionCallback, last_complete_checkpoint, take_no_step
+from vanishing.integrations.common import take_no_step
+from vanishing.integrations.transformers import TransitionCallback, last_complete_checkpoint
 from vanishing.transition import Transition
 from vanishing.workflow.encoding import Encoded, classes
 from vanishing.workflow.problems import Interrupted, RunProblem
