@@ -18,12 +18,13 @@ FADE = 100_000
 
 @dataclass(frozen=True)
 class Workload:
-    """One training step of ViT-Tiny/16: image side in pixels, images a step, device, and autocast type or None."""
+    """One training step of ViT-Tiny/16: image side in pixels, images a step, device, autocast type or None, heads."""
 
     size: int = 224
     batch: int = 16
     device: str = "cpu"
     autocast: torch.dtype | None = None
+    heads: int = 3
 
     def model(self) -> nn.Module:
         """Return ViT-Tiny/16 with the same random weights for every arm."""
@@ -31,7 +32,7 @@ class Workload:
         config = ViTConfig(
             hidden_size=192,
             num_hidden_layers=12,
-            num_attention_heads=3,
+            num_attention_heads=self.heads,
             intermediate_size=768,
             image_size=self.size,
             patch_size=16,
