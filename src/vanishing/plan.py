@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
 from rich.markup import escape
@@ -161,6 +161,7 @@ class _Planner:
         units = {c.unit for _, rule in recipe.rules if isinstance(c := rule.compressor, StructuredPruning)}
         self.groups = {unit: {id(g.taker.layer): g for g in find_groups(model, unit)} for unit in units}
         self.makers: dict[int, str] = {}
+        self.probed: dict[Hashable, str | None] = {}
         receipt = read_receipt(model)
         self.finished = {} if receipt is None else receipt.layers
         self.selected: dict[int, list[tuple[_Candidate, str, int, Rule]]] = defaultdict(list)
@@ -299,7 +300,11 @@ class _Planner:
             problem = "its weight is tied" if tied else weight_problem(part.layer, "weight", weight)
             if problem:
                 return f"of {part.name!r}, which would be cut along with it: {problem}"
-        return group_problem(group)
+        # A probe copies a block, and a model has many that are alike.
+        alike = (type(group.owner), group.unit, group.count, *(part.size for part in group.parts))
+        if alike not in self.probed:
+            self.probed[alike] = group_problem(group)
+        return self.probed[alike]
 
     def _rebuilt_earlier(self, candidate: _Candidate, is_block: bool) -> str | None:
         """Why a module that an earlier transition built cannot be compressed again; None where it can."""
