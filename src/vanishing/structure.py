@@ -6,13 +6,13 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vanishing.equality import difference_beyond_rounding
-from vanishing.inputs import evaluation
 from vanishing.places import join
 from vanishing.random_state import random_state_kept
 
@@ -180,32 +180,63 @@ def _group(
 def group_problem(group: Group) -> str | None:
     """Return why units cannot be taken out of a group, None where they can.
 
-    Where the module around the layers computes something from one tensor alone, that is compared: every other unit
-    ignored, and every other unit cut out.
+    Where the module around the layers can be called with what such modules take, two copies of it are compared: every
+    other unit ignored, and every other unit cut out.
     """
-    if not any(module is group.taker.layer for module in group.owner.modules()):
+    reason = f"{type(group.owner).__name__} does not follow when units are cut out of its layers"
+    return _other_parameters(group) or _probe(group, reason)
+
+
+def _other_parameters(group: Group) -> str | None:
+    """Why parameters of an attention beside those that are cut count heads; None if there are none."""
+    if group.unit is not Unit.HEAD:
         return None
+    cut_too = {id(p) for part in group.parts for p in part.layer.parameters()}
+    width = group.taker.layer.in_features
+    heads = width // group.makers[-1].size
+    counted = {group.count, heads, width, group.count * group.makers[-1].size} - {1}
+    for name, parameter in group.owner.named_parameters():
+        if id(parameter) not in cut_too and counted & set(parameter.shape):
+            return f"its {name!r} has a part for every head, which would not be cut"
+    return None
+
+
+def _probe(group: Group, reason: str) -> str | None:
     keep = torch.arange(0, group.count, 2, device=group.taker.layer.weight.device)
-    probe = torch.randn(2, 3, group.makers[0].layer.in_features).to(group.makers[0].layer.weight)
-    with random_state_kept(probe.device), torch.no_grad(), evaluation(group.owner):
-        try:
-            expected = tree_leaves(_with_columns(group, keep).owner(probe))
-        except Exception:
-            # It takes more than one tensor.
-            return None
-        reason = f"{type(group.owner).__name__} does not follow when units are cut out of its layers"
+    maker = group.makers[0].layer
+    probe = torch.randn(2, 3, maker.in_features).to(maker.weight)
+    rotation = torch.ones(2, 3, group.makers[-1].size).to(probe)
+    rotary = {"position_embeddings": (rotation, 0 * rotation), "attention_mask": None}
+    calls: list[tuple[tuple[Tensor, ...], dict[str, Any]]]
+    calls = [((probe,), {}), ((probe,), rotary), ((probe,) * 2, {}), ((probe,) * 3, {})]
+    inside = any(module is group.taker.layer for module in group.owner.modules())
+    with random_state_kept(probe.device), torch.no_grad():
+        whole = _with_columns(group, keep) if inside else copy.deepcopy(group)
         smaller = copy.deepcopy(group)
         cut(smaller, keep)
         recount(smaller, len(keep))
-        try:
-            got = tree_leaves(smaller.owner(probe))
-        except Exception as error:
-            return f"{reason} ({' '.join(str(error).split()):.100})"
-    pairs = [(a, b) for a, b in zip(expected, got, strict=False) if isinstance(a, Tensor) and isinstance(b, Tensor)]
-    first, second = pairs[0]
-    if first.shape != second.shape or difference_beyond_rounding([first], [second], _TOLERANCE) is not None:
-        return reason
+        for each in (whole, smaller):
+            each.owner.eval()
+        for arguments, keywords in calls:
+            try:
+                expected = _first(whole.owner(*arguments, **keywords))
+            except Exception:
+                # It takes something else.
+                continue
+            if not inside:
+                # What it returns goes on to the layer that takes the heads up.
+                expected = expected[..., group.taker.features(keep)]
+            try:
+                got = _first(smaller.owner(*arguments, **keywords))
+            except Exception as error:
+                return f"{reason} ({' '.join(str(error).split()):.100})"
+            same = expected.shape == got.shape
+            return None if same and difference_beyond_rounding([expected], [got], _TOLERANCE) is None else reason
     return None
+
+
+def _first(outputs: Any) -> Tensor:
+    return next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
 
 
 def _with_columns(group: Group, keep: Tensor) -> Group:
