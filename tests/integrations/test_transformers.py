@@ -355,6 +355,16 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
         trainer_for(tmp_path, model, transition).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
+def test_deepspeed_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    model, transition = prepared()
+    trainer = trainer_for(tmp_path, model, transition)
+    # DeepSpeed itself is not needed to ask for it.
+    trainer.args.deepspeed = {"zero_optimization": {"stage": 2}}
+    with pytest.raises(TransitionError, match="Train with DistributedDataParallel or FSDP2"):
+        trainer.train()
+    assert transition.steps_done == 0
+
+
 def test_a_callback_belongs_to_a_trainer() -> None:
     _, transition = prepared()
     with pytest.raises(TransitionError, match="must be called by transformers' Trainer"):

@@ -19,6 +19,14 @@ def check_model(transition: Transition, model: nn.Module) -> None:
         )
 
 
+def refuse_deepspeed() -> TransitionError:
+    """Return the error for a training by DeepSpeed."""
+    return TransitionError(
+        "DeepSpeed's ZeRO trains flat pieces of its own in the place of a model's weights, which a transition cannot "
+        "follow where it adds weights and takes them out. Train with DistributedDataParallel or FSDP2."
+    )
+
+
 def lay_out(transition: Transition, length: int) -> None:
     """Give a transition the length of the training; raise `TransitionError` if it is the shorter one."""
     transition.set_length(length)

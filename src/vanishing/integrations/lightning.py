@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from vanishing.integrations.common import check_model, lay_out, no_transition
+from vanishing.integrations.common import check_model, lay_out, no_transition, refuse_deepspeed
 from vanishing.transition import Transition
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+    from lightning.pytorch.strategies import DeepSpeedStrategy
     from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as error:
     raise ImportError(
@@ -56,10 +57,13 @@ class TransitionCallback(Callback):
         """Lay the transition out for the length of the training.
 
         Raises:
-            TransitionError: the model is not the transition's, or the training is shorter than the transition.
+            TransitionError: the model is not the transition's, the training is shorter than the transition, or
+                DeepSpeed trains the model.
         """
         if not self.transition.active:
             return
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise refuse_deepspeed()
         check_model(self.transition, pl_module)
         length = trainer.estimated_stepping_batches
         if not 1 <= length < float("inf"):

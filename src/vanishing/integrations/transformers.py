@@ -13,7 +13,14 @@ from typing import Any
 from torch import nn
 
 from vanishing.errors import TransitionError
-from vanishing.integrations.common import check_model, lay_out, no_batches, no_transition, take_no_step
+from vanishing.integrations.common import (
+    check_model,
+    lay_out,
+    no_batches,
+    no_transition,
+    refuse_deepspeed,
+    take_no_step,
+)
 from vanishing.transition import Transition
 
 try:
@@ -62,12 +69,14 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
         """Set the clock to where the Trainer begins.
 
         Raises:
-            TransitionError: the model is not the transition's, the training is shorter than the transition, or the
-                checkpoint was written without this callback or with another recipe.
+            TransitionError: the model is not the transition's, the training is shorter than the transition, the
+                checkpoint was written without this callback or with another recipe, or DeepSpeed trains the model.
         """
         self._attach(_trainer_of(self))
         if not self.transition.active:
             return
+        if args.deepspeed or _trainer_of(self).is_deepspeed_enabled:
+            raise refuse_deepspeed()
         model: nn.Module = keywords["model"]
         check_model(self.transition, model)
         lay_out(self.transition, state.max_steps)
