@@ -25,6 +25,8 @@ from vanishing.integrations.fsdp import finish_gathered
 STEPS, BATCH = 10, 8
 SCHEDULE = LinearSchedule(start=2, steps=4)
 """Beta is 1 for some steps, between, and 0 for some."""
+RESUMED = (1, 3, 4, 8)
+"""Before these steps: while beta is 1, where it begins to fall, between, and at 0."""
 
 
 class Block(nn.Module):
@@ -67,11 +69,10 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def train(way: str, technique: str, rank: int, processes: int) -> tuple[nn.Module | None, list[float]]:
-    """Return the finished model and the loss of every step over the whole batch."""
+def prepared(way: str, technique: str) -> tuple[nn.Module, nn.Module, vanishing.Transition, torch.optim.Optimizer]:
+    """Return the model, what a loop calls, the transition, and the optimizer."""
     model = build()
-    recipe = vanishing.Recipe(TECHNIQUES[technique], schedule=SCHEDULE)
-    transition = vanishing.prepare(model, recipe)
+    transition = vanishing.prepare(model, vanishing.Recipe(TECHNIQUES[technique], schedule=SCHEDULE))
     wrapped: nn.Module = model
     if way == "ddp":
         wrapped = DistributedDataParallel(model)
@@ -80,11 +81,28 @@ def train(way: str, technique: str, rank: int, processes: int) -> tuple[nn.Modul
             fully_shard(block)
         fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    return model, wrapped, transition, optimizer
+
+
+def train(way: str, technique: str, folder: Path, rank: int, processes: int) -> tuple[nn.Module | None, list[float]]:
+    """Return the finished model and the loss of every step over the whole batch.
+
+    By FSDP2, the run is stopped before some steps and goes on in new objects from a file of each process.
+    """
+    model, wrapped, transition, optimizer = prepared(way, technique)
     losses = []
     if way == "fsdp2":
         with pytest.raises(TransitionError, match="6 of 6 optimizer steps remain"):
             finish_gathered(transition, build)
-    for inputs, labels in batches():
+    for step, (inputs, labels) in enumerate(batches()):
+        if way == "fsdp2" and step in RESUMED:
+            checkpoint = folder / f"checkpoint-{rank}.pt"
+            torch.save((model.state_dict(), optimizer.state_dict(), transition.state_dict()), checkpoint)
+            model, wrapped, transition, optimizer = prepared(way, technique)
+            weights, moments, clock = torch.load(checkpoint, weights_only=False)
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(moments)
+            transition.load_state_dict(clock)
         share = slice(rank, None, processes)
         loss = nn.functional.cross_entropy(wrapped(inputs[share]).mean(1), labels[share])
         loss.backward()
@@ -111,7 +129,7 @@ def main() -> None:
         meeting = f"file://{folder.resolve() / way}-meeting"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
     for technique in TECHNIQUES:
-        model, losses = train(way, technique, rank, processes)
+        model, losses = train(way, technique, folder, rank, processes)
         assert (model is None) == (way == "fsdp2" and rank > 0)
         if model is not None and rank == 0:
             vanishing.save(model, folder / f"{way}-{technique}")
