@@ -19,12 +19,14 @@ from vanishing.compressors import (
     Chain,
     Compressor,
     Gradient,
+    HeadPruning,
     LowRank,
     MagnitudePruning,
     Quantization,
     Replace,
     Ternary,
     WeightCompressor,
+    WidthPruning,
 )
 from vanishing.config import Config, concrete_kinds, json_schema
 from vanishing.errors import ConfigError, VanishingError
@@ -75,6 +77,8 @@ EXAMPLES: list[Config] = [
     LowRank(rank=16),
     LowRank(ratio=0.25),
     LowRank(energy=0.9),
+    HeadPruning(sparsity=0.5),
+    WidthPruning(sparsity=0.25),
     Replace(halve),
     Replace(halve, name="half"),
     MagnitudePruning(sparsity=0.5) | Quantization(bits=4),
