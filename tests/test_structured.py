@@ -248,12 +248,31 @@ class Mixed(nn.Module):
         return result
 
 
+class Shaped(nn.Module):
+    """An attention that shapes its output by a width of its own, and takes what cannot be guessed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.head_dim = 16, 4, 4
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor, *, memory: Tensor) -> Tensor:
+        q, k, v = (
+            layer(each).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for layer, each in ((self.q_proj, x), (self.k_proj, memory), (self.v_proj, memory))
+        )
+        heads = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        result: Tensor = self.out_proj(heads.reshape(*x.shape[:2], self.embed_dim))
+        return result
+
+
 @pytest.mark.parametrize(
     ("model", "technique", "message"),
     [
         (lambda: nn.Sequential(Mixed()), WidthPruning(0.5), "Mixed does not follow when units are cut out"),
         (lambda: nn.Sequential(nn.Linear(8, 8)), WidthPruning(0.5), "takes up no hidden units"),
         (lambda: nn.Sequential(nn.Linear(8, 8)), HeadPruning(0.5), "takes up no attention heads"),
+        (lambda: nn.Sequential(Shaped()), HeadPruning(0.5), "its 'embed_dim' would not follow"),
         (llama, HeadPruning(0.1), "of its 2 attention heads none would vanish"),
     ],
 )

@@ -232,7 +232,14 @@ def _probe(group: Group, reason: str) -> str | None:
                 return f"{reason} ({' '.join(str(error).split()):.100})"
             same = expected.shape == got.shape
             return None if same and difference_beyond_rounding([expected], [got], _TOLERANCE) is None else reason
-    return None
+    # It cannot be tried. One that knows its own width may shape what it computes by it.
+    width = group.taker.layer.in_features
+    told = [
+        name
+        for name, value in vars(group.owner).items()
+        if type(value) is int and value == width and name not in group.counters
+    ]
+    return f"its {told[0]!r} would not follow" if told and group.unit is Unit.HEAD else None
 
 
 def _first(outputs: Any) -> Tensor:

@@ -61,6 +61,9 @@ def rule_problem(pattern: Pattern, rule: Rule, tally: Tally, modules: Iterable[t
             f"to do. Put this rule first, or drop it."
         )
     reasons = list(dict.fromkeys(tally.refused + tally.unfit))
+    # One module of each kind of reason comes first.
+    kinds = {reason.partition(": ")[2]: reason for reason in reversed(reasons)}
+    reasons.sort(key=lambda reason: kinds[reason.partition(": ")[2]] != reason)
     more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
     if tally.ignored and not tally.shadowed:
         return (
