@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +103,7 @@ def train_dense(
 def fine_tune(
     task: Task,
     dense: dict[str, Tensor],
-    compressor: Compressor,
+    technique: Compressor | Mapping[str, Compressor],
     arm: Arm,
     budget: Budget,
     folder: Path,
@@ -114,7 +114,7 @@ def fine_tune(
     Args:
         task: the task.
         dense: the state of the original.
-        compressor: the technique.
+        technique: one for all of the task's layers, or the rules of a recipe.
         arm: the strategy.
         budget: steps and learning rate.
         folder: where the finished model is saved.
@@ -126,7 +126,8 @@ def fine_tune(
     torch.manual_seed(task.seed)
     model = task.make_model()
     model.load_state_dict(dense)
-    transition = prepare(model, arm.recipe({task.layers: compressor}, budget.fade_steps))
+    rules = technique if isinstance(technique, Mapping) else {task.layers: technique}
+    transition = prepare(model, arm.recipe(rules, budget.fade_steps))
 
     def evaluate() -> Point:
         blend = task.accuracy(model)
