@@ -1,5 +1,6 @@
 """Compress PyTorch models while they are fine-tuned, by Vanishing Contributions (VCON, arXiv 2510.09696)."""
 
+from vanishing.calibration import Calibration, Observer
 from vanishing.compressors import (
     Binary,
     BlockCompressor,
@@ -57,6 +58,7 @@ __all__ = [
     "Global",
     "NM",
     "Gradient",
+    "Calibration",
     "save",
     "load",
     "summary",
@@ -70,6 +72,7 @@ __all__ = [
     "ProjectionCompressor",
     "BlockCompressor",
     "CompressedWeight",
+    "Observer",
     "VanishingError",
     "ConfigError",
     "RecipeError",

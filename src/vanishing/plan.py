@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vanishing.blend import BlendedBlock, blended_weights
+from vanishing.calibration import Observed, Observer
 from vanishing.compressors import BlockCompressor, Compressor, LayerView, Replace, StructuredPruning, WeightCompressor
 from vanishing.errors import RecipeError
 from vanishing.layers import Factored, LayerKind, find_kind
@@ -72,12 +74,14 @@ class PlannedBlock:
         block: the module.
         rule: number of the rule.
         compressor: the technique.
+        observer: what looks at it in the calibration pass, None for a technique that needs none.
     """
 
     name: str
     block: nn.Module
     rule: int
     compressor: BlockCompressor
+    observer: Observer | None = None
 
 
 @dataclass
@@ -100,6 +104,12 @@ class Plan:
         """Return name and parameters of all that will be compressed."""
         weights: list[tuple[str, list[Tensor]]] = [(w.names[0], [w.layer.weight]) for w in self.weights]
         return weights + [(b.name, list(b.block.parameters())) for b in self.blocks]
+
+    def observed(self) -> list[Observed]:
+        """Return what techniques will look at in a calibration pass."""
+        weights = [(w.names[0], w.layer.observed, [m for m, _ in w.owners]) for w in self.weights]
+        blocks = [(b.name, b.observer, [b.block]) for b in self.blocks]
+        return [Observed(name, each, modules) for name, each, modules in (*weights, *blocks) if each is not None]
 
     def check(self) -> None:
         """Raise `RecipeError` with all problems, if there are any."""
@@ -328,7 +338,8 @@ class _Planner:
                 self._problem(compressor, candidate.name, candidate.describe(), problem)
                 return
             self._row(candidate, "compress", repr(compressor))
-            self.plan.blocks.append(PlannedBlock(candidate.name, candidate.module, number, compressor))
+            observer = compressor.observer(candidate.module)
+            self.plan.blocks.append(PlannedBlock(candidate.name, candidate.module, number, compressor, observer))
             return
         assert candidate.kind is not None
         for weight_name in candidate.kind.weight_names(candidate.module):
@@ -374,7 +385,8 @@ class _Planner:
             self.plan.rows.append(PlanRow(use[0].name, view.describe(), "compress", f"{compressor!r}{suffix}"))
         names = tuple(use[0].name for use in uses)
         owners = tuple((use[0].module, use[1]) for use in uses)
-        self.plan.weights.append(PlannedWeight(names, owners, layer, number, compressor))
+        observed = dataclasses.replace(layer, observed=compressor.observer(layer))
+        self.plan.weights.append(PlannedWeight(names, owners, observed, number, compressor))
 
     def _fit_problem(self, uses: list[tuple[_Candidate, str, int, Rule]], layers: list[LayerView]) -> str | None:
         """Why a weight and its technique do not fit together; None where they do."""

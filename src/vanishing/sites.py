@@ -17,7 +17,7 @@ from vanishing.blend import (
     install_blended_weight,
     remove_blended_weight,
 )
-from vanishing.compressors import CompressedWeight, Compressor
+from vanishing.compressors import BlockCompressor, CompressedWeight, Compressor
 from vanishing.compressors.low_rank import LowRankWeight
 from vanishing.compressors.structured import TakenUnits
 from vanishing.distributed import whole
@@ -236,6 +236,13 @@ class BlockSite(Site):
         device = next((p.device for p in planned.block.parameters()), None)
         if device is not None:
             self.blend.beta_tensor = self.blend.beta_tensor.to(device)
+        self._observer = planned.observer
+
+    def calibrate(self) -> None:
+        """Give the compressed form what was observed in the calibration pass."""
+        if self._observer is not None:
+            assert isinstance(self.compressor, BlockCompressor)
+            self.compressor.calibrate(self.blend.replacement, self._observer)
 
     def forms(self) -> Iterator[CompressedWeight]:
         return iter(())

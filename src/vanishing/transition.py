@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vanishing.batchnorm import reestimate_batchnorm, tried_out
+from vanishing.calibration import Calibration, calibrate
 from vanishing.compressors import Compressor, Moment, WeightCompressor
 from vanishing.distributed import is_distributed, is_sharded
 from vanishing.equality import difference_beyond_rounding
@@ -39,7 +40,7 @@ def prepare(
     ignore: Iterable[Any] = (),
     optimizer: Optimizer | None = None,
     example_inputs: Any = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Calibration | None = None,
 ) -> Transition:
     """Change a model in place so that its original form fades into a compressed one while it is trained.
 
@@ -55,7 +56,8 @@ def prepare(
             come from, and at the end those that are gone leave it. Not needed if the optimizer is made afterwards.
         example_inputs: one batch for the model (a tensor, a tuple of arguments or a mapping of keywords); with it the
             whole model is tried between the two forms now, and compared before and after `finish`.
-        calibration: batches for techniques that look at activations.
+        calibration: batches for techniques that look at activations or gradients (each a tensor, a tuple of arguments
+            or a mapping of keywords), gone through once, in evaluation mode; or a `Calibration`, which has a loss too.
 
     Returns:
         The transition, at step 0.
@@ -73,14 +75,25 @@ def prepare(
     """
     resolved = _resolve_recipe(recipe, steps, ignore)
     plan = make_plan(model, resolved)
-    if calibration is not None:
+    observed = plan.observed()
+    if calibration is not None and not observed:
         plan.problems.append("calibration batches were given, but no technique of the recipe looks at activations.")
+    if observed and calibration is None:
+        plan.problems.append(
+            f"the technique for {observed[0].name!r} looks at batches, and none were given. Call "
+            f"prepare(..., calibration=batches) with some of the training data."
+        )
     if optimizer is not None:
         plan.problems += unheld_problems(optimizer, plan.places())
     ramps = [rule.ramp or resolved.ramp for _, rule in resolved.rules]
     with random_state_restored_on_error():
         blocks = build_block_sites(plan)
         plan.check()
+        if observed and calibration is not None:
+            given = calibration if isinstance(calibration, Calibration) else Calibration(batches=calibration)
+            calibrate(model, observed, given)
+            for block in blocks:
+                block.calibrate()
         weights = [build_weight_site(w, ramped=ramps[w.rule] is not None) for w in plan.weights]
         transition = Transition(model, resolved, [*weights, *blocks], example_inputs)
         transition._begin(optimizer)

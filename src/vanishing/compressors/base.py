@@ -16,6 +16,7 @@ from vanishing.layers.base import Factored, LayerKind, Layout
 from vanishing.receipt import Grid
 
 if TYPE_CHECKING:
+    from vanishing.calibration import Observer
     from vanishing.compressors.chain import Chain
     from vanishing.structure import Group
 
@@ -61,6 +62,7 @@ class LayerView:
         weight: the weight, in the layer's own shape.
         layout: how it becomes a matrix.
         group: the layers that are cut with it where units are taken out.
+        observed: what the technique's observer saw in the calibration pass, None without one.
     """
 
     module: nn.Module
@@ -68,6 +70,7 @@ class LayerView:
     weight: Tensor
     layout: Layout
     group: Group | None = None
+    observed: Observer | None = None
 
     @property
     def groups(self) -> int:
@@ -212,6 +215,13 @@ class WeightCompressor(Compressor):
         """Whether other layers take the layer's place at the end."""
         return False
 
+    def observer(self, layer: LayerView) -> Observer | None:
+        """Return what looks at a layer in the calibration pass, None for a technique that needs none.
+
+        `form` finds it, with what it saw, as the layer's `observed`.
+        """
+        return None
+
     def refusal(self, kind: LayerKind) -> str | None:
         """Return why layers of a kind cannot be compressed so, None where they can."""
         return None
@@ -297,3 +307,11 @@ class BlockCompressor(Compressor):
     @abstractmethod
     def build(self, block: nn.Module) -> nn.Module:
         """Return the compressed form of a block, a new module; the block is not changed."""
+
+    def observer(self, block: nn.Module) -> Observer | None:
+        """Return what looks at a block in the calibration pass, None for a technique that needs none."""
+        return None
+
+    def calibrate(self, replacement: nn.Module, observer: Observer) -> None:
+        """Give the compressed form of a block what the observer saw."""
+        raise NotImplementedError(f"{type(self).__name__} has an observer, but no `calibrate`.")

@@ -222,6 +222,14 @@ class LayerKind(ABC):
         shape = tuple(module.weight.shape)  # type: ignore[arg-type]
         return output.numel() // self.layout(module, shape).rows
 
+    def input_rows(self, module: nn.Module, input: Tensor) -> Tensor | None:
+        """Return what the rows of the weight's matrix are multiplied with, for an input of the layer.
+
+        (groups, positions, columns): the output of group i is `rows[i] @ matrix[i].T`. None where the module multiplies
+        itself with what only it knows.
+        """
+        return None
+
     def probe_input(self, module: nn.Module) -> Tensor | None:
         """Return a small random input for the layer, None where any would be a guess."""
         return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import skip_init
 
 from vanishing.layers.base import Factored, LayerKind, Layout, register_kind, row_layout, transposed_layout
@@ -75,6 +76,23 @@ class ConvolutionKind(LayerKind):
         assert isinstance(module, nn.modules.conv._ConvNd)
         sizes = zip(module.kernel_size, module.dilation, module.stride, strict=True)
         return _probe_input(module, [d * (k - 1) + 1 + 2 * s for k, d, s in sizes])
+
+    def input_rows(self, module: nn.Module, input: Tensor) -> Tensor:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        count = _dimensions(module)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        patches = functional.pad(input, module._reversed_padding_repeated_twice, mode=mode)
+        if patches.dim() == count + 1:
+            patches = patches.unsqueeze(0)
+        settings = zip(module.kernel_size, module.dilation, module.stride, strict=True)
+        for dimension, (size, dilation, stride) in enumerate(settings, start=2):
+            patches = patches.unfold(dimension, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        # (batch, channels, positions..., kernel...) -> (groups, batch and positions, channels a group and kernel)
+        batch, channels, *rest = patches.shape
+        split = patches.reshape(batch, module.groups, channels // module.groups, *rest)
+        outside, kernel = range(3, 3 + count), range(3 + count, 3 + 2 * count)
+        columns = module.weight.numel() // module.out_channels
+        return split.permute(1, 0, *outside, 2, *kernel).reshape(module.groups, -1, columns)
 
     def factor(self, module: nn.Module, rank: int) -> Factored:
         shape = tuple(module.weight.shape)  # type: ignore[arg-type]

@@ -37,6 +37,9 @@ class LinearKind(LayerKind):
     def base_forward(self, module: nn.Module) -> Callable[..., Any]:
         return nn.Linear.forward
 
+    def input_rows(self, module: nn.Module, input: Tensor) -> Tensor:
+        return input.reshape(1, -1, input.shape[-1])
+
     def probe_input(self, module: nn.Module) -> Tensor:
         weight: Tensor = module.weight  # type: ignore[assignment]
         return torch.randn(2, weight.shape[1], device=weight.device, dtype=weight.dtype)
@@ -70,6 +73,9 @@ class TransposedLinearKind(LayerKind):
     def base_forward(self, module: nn.Module) -> Callable[..., Any]:
         forward: Callable[..., Any] = sys.modules["transformers.pytorch_utils"].Conv1D.forward
         return forward
+
+    def input_rows(self, module: nn.Module, input: Tensor) -> Tensor:
+        return input.reshape(1, -1, input.shape[-1])
 
     def probe_input(self, module: nn.Module) -> Tensor:
         weight: Tensor = module.weight  # type: ignore[assignment]
