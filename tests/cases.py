@@ -27,6 +27,7 @@ from vanishing import (
     PerTensor,
     Quantization,
     Replace,
+    Split,
     Ternary,
 )
 from vanishing.schedules import Schedule
@@ -90,6 +91,14 @@ TECHNIQUES: dict[str, Technique] = {
     "rank_2": Technique(LowRank(rank=2), ("factors", "rank 2"), quick=True),
     "rank_by_ratio": Technique(LowRank(ratio=0.4), ("factors",)),
     "rank_by_energy": Technique(LowRank(energy=0.7), ("factors",), quick=True),
+    "rank_spatial": Technique(LowRank(ratio=0.6, split=Split.SPATIAL), ("factors",), quick=True),
+    "rank_tucker": Technique(LowRank(ratio=0.6, split=Split.TUCKER), ("factors",), quick=True),
+    "rank_tucker_by_energy_8_bits": Technique(
+        LowRank(energy=0.8, split=Split.TUCKER) | Quantization(bits=8), ("factors",), quick=True
+    ),
+    "rank_spatial_by_energy_pruned": Technique(
+        LowRank(energy=0.8, split=Split.SPATIAL) | MagnitudePruning(0.5), ("factors",)
+    ),
     "pruned_4_bits": Technique(MagnitudePruning(0.6) | Quantization(bits=4, symmetric=False)),
     "pruned_binary": Technique(MagnitudePruning(0.6) | Binary(), quick=True),
     "pruned_1_bit_ragged_groups": Technique(MagnitudePruning(0.6) | Quantization(bits=1, granularity=PerGroup(size=5))),

@@ -27,7 +27,7 @@ CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def model() -> nn.Module:
+def model() -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 5)]
     return nn.Sequential(*layers)
@@ -53,7 +53,6 @@ def test_input_rows_times_the_matrix_are_the_output(case: str) -> None:
     x = torch.randn(2, *((4,) if dimensions else (7,)), *([6] * dimensions or [4]), dtype=torch.float64)
     expected = module(x)
     rows = kind.input_rows(module, x)
-    assert rows is not None
     matrix = kind.layout(module, tuple(module.weight.shape)).to_matrix(module.weight)
     groups = kind.groups(module)
     product = rows @ matrix.reshape(groups, -1, rows.shape[-1]).mT
@@ -124,6 +123,6 @@ def test_bad_batches_are_refused() -> None:
         calibrate(net, observed, Calibration(batches=images(2)))
     with pytest.raises(RecipeError, match="nothing went through '5'"):
         calibrate(net[0:2], observed, Calibration(batches=[images(2)]))
-    gradients = [Observed("5", GradientMagnitudes(net[5].weight), [net[5]])]
+    gradients = [Observed("5", GradientMagnitudes(net[5].get_parameter("weight")), [net[5]])]
     with pytest.raises(RecipeError, match="the model returns none"):
         calibrate(net, gradients, Calibration(batches=[images(2)]))

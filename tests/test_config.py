@@ -24,6 +24,7 @@ from vanishing.compressors import (
     MagnitudePruning,
     Quantization,
     Replace,
+    Score,
     Ternary,
     WeightCompressor,
     WidthPruning,
@@ -31,6 +32,7 @@ from vanishing.compressors import (
 from vanishing.config import Config, concrete_kinds, json_schema
 from vanishing.errors import ConfigError, VanishingError
 from vanishing.granularity import NM, Global, PerChannel, PerGroup, PerTensor
+from vanishing.layers import Split
 from vanishing.patterns import Glob, OfType, Regex, Where
 from vanishing.recipe import Rule
 from vanishing.schedules import (
@@ -57,6 +59,9 @@ EXAMPLES: list[Config] = [
     ExponentialSchedule(steps=10, rate=0.1),
     SigmoidSchedule(steps=10, steepness=7),
     StepSchedule(at=0),
+    MagnitudePruning(sparsity=0.5, score=Score.WANDA, granularity=PerChannel()),
+    LowRank(ratio=0.5, split=Split.TUCKER),
+    LowRank(rank=4, whitened=True),
     PerTensor(),
     PerChannel(),
     PerGroup(),

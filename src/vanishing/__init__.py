@@ -13,12 +13,14 @@ from vanishing.compressors import (
     ProjectionCompressor,
     Quantization,
     Replace,
+    Score,
     Ternary,
     WeightCompressor,
     WidthPruning,
 )
 from vanishing.errors import ConfigError, FileError, RecipeError, TransitionError, VanishingError
 from vanishing.granularity import NM, Global, PerChannel, PerGroup, PerTensor
+from vanishing.layers import Split
 from vanishing.memory import MemoryEstimate, estimate_memory
 from vanishing.recipe import Recipe, Rule
 from vanishing.schedules import (
@@ -58,6 +60,8 @@ __all__ = [
     "Global",
     "NM",
     "Gradient",
+    "Score",
+    "Split",
     "Calibration",
     "save",
     "load",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vanishing.errors import TransitionError
-from vanishing.inputs import evaluation
+from vanishing.inputs import evaluation, run_batch
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
             norm.train()
         try:
             for batch in batches:
-                _run(model, batch)
+                run_batch(model, batch)
         except BaseException:
             for buffer, value in statistics.items():
                 buffer.copy_(value)
@@ -56,7 +56,7 @@ def tried_out(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
     batches = at_least_one(batches)
     first = next(batches)
     with evaluation(model):
-        _run(model, first)
+        run_batch(model, first)
     return itertools.chain([first], batches)
 
 
@@ -70,10 +70,3 @@ def at_least_one(batches: Iterable[Any]) -> Iterator[Any]:
     for first in iterator:
         return itertools.chain([first], iterator)
     raise TransitionError("recalibrate: at least one batch is needed to estimate BatchNorm's statistics, got none.")
-
-
-def _run(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(batch if isinstance(batch, Tensor) else batch[0])

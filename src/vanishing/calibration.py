@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from vanishing.errors import RecipeError
-from vanishing.inputs import evaluation
+from vanishing.inputs import evaluation, run_batch
 from vanishing.layers.base import LayerKind
 from vanishing.random_state import random_state_kept
 
@@ -51,10 +51,11 @@ class Calibration:
     """Batches for techniques that look at activations or gradients, with the loss that gradients are of.
 
     Args:
-        batches: an iterable of batches for the model, each a tensor, a tuple of arguments or a mapping of keywords;
-            gone through once.
-        loss: (model, batch) -> scalar, for techniques that need gradients; may be left out where the model's own
-            output has a `loss`, as models of transformers have when a batch holds labels.
+        batches: an iterable of batches for the model, each a tensor, a tuple or list whose first item is the input,
+            or a mapping of keywords; gone through once.
+        loss: (model, batch) -> scalar, for techniques that need gradients, or for batches of another form; may be
+            left out where the model's own output has a `loss`, as models of transformers have when a batch holds
+            labels.
     """
 
     batches: Iterable[Any]
@@ -99,7 +100,10 @@ def calibrate(model: nn.Module, observed: Sequence[Observed], calibration: Calib
             count += 1
             if not gradients:
                 with torch.no_grad():
-                    _call(model, batch)
+                    if calibration.loss is not None:
+                        calibration.loss(model, batch)
+                    else:
+                        run_batch(model, batch)
                 continue
             _loss(model, batch, calibration.loss).backward()
             for each in observed:
@@ -117,18 +121,12 @@ def calibrate(model: nn.Module, observed: Sequence[Observed], calibration: Calib
         )
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
-
-
 def _loss(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor] | None) -> Tensor:
     with torch.enable_grad():
         if loss is not None:
             value: Any = loss(model, batch)
         else:
-            value = getattr(_call(model, batch), "loss", None)
+            value = getattr(run_batch(model, batch), "loss", None)
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise RecipeError(
             "calibration: a technique needs the gradients of a loss, and the model returns none for the batches. Give "
@@ -203,7 +201,6 @@ class InputMoments(Observer):
             return
         for part in self._parts(given):
             rows = self._kind.input_rows(self._module, part)
-            assert rows is not None
             # Sums over many positions lose too much in half precision.
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             moments = rows.mT @ rows if self._full else rows.square().sum(1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vanishing.compressors import BlockCompressor
 from vanishing.encodings import dtype_name
 from vanishing.errors import ConfigError, FileError
-from vanishing.layers import factor
+from vanishing.layers import Split, factor
 from vanishing.manifest import DType, LayerEntry, Manifest
 from vanishing.places import Places, is_below, join
 from vanishing.structure import narrowed, recounted
@@ -104,11 +104,18 @@ def _rebuilt(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module
         return module
     if entry.rank is None:
         return BlockCompressor.from_dict(entry.compressor).build(module)
-    first = manifest.entry(join(name, "0.weight"))
+    split = Split(entry.split)
+    ranks = [rank for rank in (entry.rank, entry.inner_rank) if rank is not None]
+    first = manifest.entry(join(name, "0.0.weight" if split is Split.TUCKER else "0.weight"))
     largest = max((size for p in module.parameters(recurse=False) for size in p.shape), default=0)
-    if first is None or entry.rank > min(max(first.shape, default=0), largest):
+    held = max(first.shape, default=0) if first is not None else 0
+    if split is Split.CHANNELS:
+        largest = min(held, largest)
+    elif split is Split.SPATIAL:
+        largest = held
+    if max(ranks) > max(largest, 0):
         raise ValueError(f"the file holds no factors of rank {entry.rank}. Save the model again.")
-    return factor(module, entry.rank).train(module.training)
+    return factor(module, *ranks, split=split).train(module.training)
 
 
 def _shapes(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module) -> dict[str, list[int]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -22,6 +22,18 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
         if isinstance(example_inputs, Mapping):
             return model(**example_inputs)
         return model(*example_inputs) if isinstance(example_inputs, tuple) else model(example_inputs)
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Return what the model computes for a batch of data.
+
+    Args:
+        model: any model, in the mode in which it is.
+        batch: a tensor, a tuple or list whose first item is the input, or a mapping of keywords.
+    """
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch if isinstance(batch, Tensor) else batch[0])
 
 
 @contextlib.contextmanager

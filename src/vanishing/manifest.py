@@ -115,13 +115,16 @@ TensorEntry = DenseTensor | SparseTensor | PackedTensor
 class LayerEntry(_Strict):
     """One layer of the model that is not, or not only, what the fresh architecture has there.
 
-    `rank` is that of a factored layer. `compressor` makes a replaced block anew, and with the next two tells `summary`
-    what was done. `grids` names the parameters below the layer whose codes are stored. `narrowed_from` is the shape
+    `rank` is that of a factored layer, `split` how its weight was split, `inner_rank` the rank between the first two
+    layers of a Tucker split. `compressor` makes a replaced block anew, and with the next two tells `summary` what was
+    done. `grids` names the parameters below the layer whose codes are stored. `narrowed_from` is the shape
     that the weight of a narrower layer had, and `counts` holds what attributes of a module with fewer units are now.
     """
 
     structure: Literal["weight", "factored", "replaced"]
     rank: Size | None = None
+    inner_rank: Size | None = None
+    split: Literal["channels", "spatial", "tucker"] = "channels"
     compressor: dict[str, Any] | None = None
     parameters_before: Count | None = None
     bytes_before: Count | None = None
@@ -138,6 +141,10 @@ class LayerEntry(_Strict):
     def _complete(self) -> LayerEntry:
         if (self.rank is not None) != (self.structure == "factored"):
             raise ValueError("a factored layer has a rank, and no other layer has")
+        if (self.inner_rank is not None) != (self.split == "tucker") or (
+            self.rank is None and self.split != "channels"
+        ):
+            raise ValueError("a Tucker split has two ranks, and no other layer has")
         if self.structure == "replaced" and self.compressor is None:
             raise ValueError("a replaced block needs its compressor")
         return self

@@ -178,7 +178,7 @@ def _describe_layers(model: nn.Module, layers: dict[str, FinishedLayer], packed:
             continue
         entries[name] = LayerEntry(
             structure=done.structure,  # type: ignore[arg-type]
-            rank=module.rank if isinstance(module, Factored) else None,
+            **(_split_of(module) if isinstance(module, Factored) else {}),
             compressor=done.compressor.to_dict(),
             parameters_before=done.parameters_before,
             bytes_before=done.bytes_before,
@@ -189,10 +189,17 @@ def _describe_layers(model: nn.Module, layers: dict[str, FinishedLayer], packed:
     known = {id(modules[name]) for name in entries}
     replaced = [name for name, entry in entries.items() if entry.structure == "replaced"]
     for name, module in model.named_modules():
-        inside = any(is_below(name, block) for block in replaced)
+        # A Tucker split is one factored layer in another.
+        around = [*replaced, *(own for own, entry in entries.items() if entry.structure == "factored")]
+        inside = any(is_below(name, own) for own in around)
         if isinstance(module, Factored) and id(module) not in known and not inside:
-            entries[name] = LayerEntry(structure="factored", rank=module.rank)
+            entries[name] = LayerEntry(structure="factored", **_split_of(module))
     return entries
+
+
+def _split_of(module: Factored) -> dict[str, Any]:
+    rank, *inner = module.ranks
+    return {"rank": rank, "inner_rank": inner[0] if inner else None, "split": module.split.value}
 
 
 def _in_memory_of_their_own(parts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -152,7 +152,7 @@ class WeightSite(Site):
         if not isinstance(form, LowRankWeight):
             return
         layer = self.planned.layer
-        plain = form.plain_layers(layer.module, layer.kind)
+        plain = form.plain_layers(layer.module)
         with torch.no_grad(), random_state_kept(self.weight.device):
             probe = layer.kind.probe_input(layer.module)
             assert probe is not None
@@ -169,8 +169,9 @@ class WeightSite(Site):
     def finish(self, places: Places) -> dict[str, FinishedLayer]:
         form, layer = self.blend.form, self.planned.layer
         if isinstance(form, LowRankWeight):
-            grids = {f"{i}.weight": g for i, (b, w) in enumerate(form.factor_blends()) if (g := b.form.grid(w))}
-            plain = form.plain_layers(layer.module, layer.kind)
+            blends = form.factor_blends().items()
+            grids = {f"{path}.weight": g for path, (blend, w) in blends if (g := blend.form.grid(w))}
+            plain = form.plain_layers(layer.module)
             _make_factors_plain(plain)
             plain.keep_bias(getattr(layer.module, "bias", None))
             self.remove(places)
@@ -305,7 +306,7 @@ def build_block_sites(plan: Plan) -> list[BlockSite]:
 
 
 def _make_factors_plain(plain: Factored) -> None:
-    for layer in plain:
+    for layer in plain.thin_layers().values():
         for name, blend in list(blended_weights(layer)):
             weight = layer.parametrizations[name].original  # type: ignore[index,union-attr]
             final = blend.form.compress(weight) + 0.0

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from vanishing.blend import BlendedBlock, blended_weights
 from vanishing.encodings import encode
 from vanishing.inputs import call
-from vanishing.layers import Factored, LayerKind, find_kind
+from vanishing.layers import Factored, LayerKind, Split, find_kind
 from vanishing.places import is_below, join
 from vanishing.receipt import FinishedLayer, Grid, read_receipt
 from vanishing.text import as_text
@@ -181,7 +181,7 @@ def _final_tensors(
         return
     blends = dict(blended_weights(module))
     factors = next((b.form.factored for b in blends.values() if b.form.factored is not None), None)
-    for factor in factors or ():
+    for factor in () if factors is None else factors.thin_layers().values():
         yield from _final_tensors(factor, True, layer, {})
     for name, blend in blends.items() if factors is None else ():
         original = module.parametrizations[name].original  # type: ignore[index,union-attr]
@@ -207,9 +207,7 @@ def _size_before(module: nn.Module, finished: FinishedLayer | None, after: Size,
 
 def _weights(module: Any) -> int:
     """The number of weights of a layer as a matrix, factored or not."""
-    if isinstance(module, Factored):
-        return int(_weights(module[0]) // module.rank * (_weights(module[1]) // module.rank))
-    return int(module.weight.numel())
+    return math.prod(module.original_shape) if isinstance(module, Factored) else int(module.weight.numel())
 
 
 def _original_parameters(module: nn.Module) -> Iterator[Tensor]:
@@ -220,24 +218,34 @@ def _original_parameters(module: nn.Module) -> Iterator[Tensor]:
     yield from (module.parametrizations[name].original.detach() for name, _ in blended_weights(module))  # type: ignore[index,union-attr]
 
 
+def _factors(module: nn.Module) -> Factored | None:
+    """The plain layers that take a layer's place, or have taken it; None where it stays."""
+    if isinstance(module, Factored):
+        return module
+    return next((f for _, blend in blended_weights(module) if (f := blend.form.factored) is not None), None)
+
+
 def _products(module: nn.Module, passes: Passes) -> int | None:
     """Multiply-accumulates of the form that is left."""
-    factors: Any = module if isinstance(module, Factored) else None
-    for _, blend in blended_weights(module):
-        factors = factors or blend.form.factored
+    factors = _factors(module)
     if factors is None:
         return _dense_products(module, passes)
     if passes.weight is None or passes.output is None:
         return None
-    return passes.weight * factors[0].weight.numel() + passes.output * factors[1].weight.numel()
+    first, *others = (_weights(thin) for thin in factors.thin_layers().values())
+    return passes.weight * first + passes.output * sum(others)
 
 
 def _dense_products(module: nn.Module, passes: Passes) -> int | None:
     """Multiply-accumulates of the layer before it was compressed."""
+    factors = _factors(module)
+    if factors is not None and factors.split is not Split.CHANNELS:
+        # Its first layer runs at other positions than the whole kernel did.
+        return None if passes.output is None else passes.output * _weights(factors)
     if passes.weight is None:
         return None
     if isinstance(module, Factored):
-        return passes.weight * module.weight.numel()
+        return passes.weight * _weights(module)
     kind = find_kind(module)
     return 0 if kind is None else passes.weight * sum(getattr(module, n).numel() for n in kind.weight_names(module))
 
@@ -268,7 +276,10 @@ def _one_pass(module: nn.Module) -> Passes:
 
 
 def _passes(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Passes:
+    factors = _factors(module)
     first = module[0] if isinstance(module, Factored) else module
+    if factors is not None and factors.split is not Split.CHANNELS:
+        return _split_passes(factors, inputs, output)
     kind = find_kind(first)
     if kind is None:
         return Passes(0, 0)
@@ -282,6 +293,17 @@ def _passes(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Passes:
     # What goes from the first layer to the second has its channels at as many positions as the output, or the input.
     between = torch.empty(outputs * _rows(kind, first), device="meta")
     return Passes(kind.positions(first, inputs[0], between), outputs)
+
+
+def _split_passes(factors: Factored, inputs: tuple[Any, ...], output: Tensor) -> Passes:
+    """The positions of the first layer of a convolution that is split, and of those after it."""
+    if not inputs or not isinstance(inputs[0], Tensor):
+        return Passes(None, None)
+    outputs = output.numel() // int(factors.out_channels)  # type: ignore[arg-type]
+    if factors.split is Split.SPATIAL:
+        # Columns of the kernel: as many rows as the output has, and all columns of the input.
+        return Passes(outputs // output.shape[-1] * inputs[0].shape[-1], outputs)
+    return Passes(inputs[0].numel() // int(factors.in_channels), outputs)  # type: ignore[arg-type]
 
 
 def _rows(kind: LayerKind, module: nn.Module) -> int:

@@ -14,7 +14,7 @@ from vanishing.compressors.base import (
 from vanishing.compressors.binary import Binary
 from vanishing.compressors.chain import Chain
 from vanishing.compressors.low_rank import LowRank
-from vanishing.compressors.magnitude_pruning import MagnitudePruning
+from vanishing.compressors.magnitude_pruning import MagnitudePruning, Score
 from vanishing.compressors.quantization import Quantization
 from vanishing.compressors.replace import Replace
 from vanishing.compressors.structured import HeadPruning, StructuredPruning, WidthPruning
@@ -36,6 +36,7 @@ __all__ = [
     "ProjectionCompressor",
     "Quantization",
     "Replace",
+    "Score",
     "StructuredPruning",
     "Ternary",
     "WeightCompressor",

@@ -9,9 +9,11 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from vanishing.calibration import Observer
 from vanishing.compressors.base import CompressedWeight, LayerView, Moment, ProjectedWeight, WeightCompressor
 from vanishing.compressors.binary import Binary, SignsOfKept
 from vanishing.compressors.low_rank import LowRank, LowRankWeight, layer_view
+from vanishing.compressors.magnitude_pruning import MagnitudePruning, Score
 from vanishing.compressors.quantization import Quantization
 from vanishing.compressors.structured import StructuredPruning
 from vanishing.errors import ConfigError
@@ -63,6 +65,12 @@ class Chain(WeightCompressor):
                     f"kind, in the order low rank, pruning, quantization. Change the order or drop one."
                 )
 
+        if any(isinstance(part, MagnitudePruning) and part.score is not Score.MAGNITUDE for part in parts[1:]):
+            raise ConfigError(
+                "after LowRank, pruning acts on its factors, of which calibration batches tell nothing. Use "
+                "Score.MAGNITUDE."
+            )
+
     def refusal(self, kind: LayerKind) -> str | None:
         return next((reason for c in self.compressors if (reason := c.refusal(kind))), None)
 
@@ -73,9 +81,12 @@ class Chain(WeightCompressor):
         reason = first.problem(layer)
         if reason:
             return reason
-        factors = layer.kind.factor(layer.module, first.rank_of(layer))
+        factors = first.factors(layer, first.ranks_of(layer)).thin_layers().values()
         reasons = (self._rest().problem(layer_view(thin, "weight")) for thin in factors)
         return next((f"of one of its factors: {reason}" for reason in reasons if reason), None)
+
+    def observer(self, layer: LayerView) -> Observer | None:
+        return self.compressors[0].observer(layer)
 
     def form(self, layer: LayerView, *, ramped: bool) -> CompressedWeight:
         first, rest = self.compressors[0], self._rest()
@@ -90,7 +101,7 @@ class Chain(WeightCompressor):
     def update(self, forms: Sequence[CompressedWeight], weights: Sequence[Tensor], moment: Moment) -> None:
         first, rest = self.compressors[0], self._rest()
         if isinstance(first, LowRank):
-            factors = [pair for form in forms for pair in cast(LowRankWeight, form).factor_blends()]
+            factors = [pair for form in forms for pair in cast(LowRankWeight, form).factor_blends().values()]
             first.update(forms, weights, moment)
             rest.update([blend.form for blend, _ in factors], [weight for _, weight in factors], moment)
             return

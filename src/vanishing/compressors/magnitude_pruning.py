@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from enum import Enum
 from typing import Annotated, ClassVar, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from vanishing.calibration import GradientMagnitudes, InputMoments, Observer
 from vanishing.compressors.base import CompressedWeight, Gradient, LayerView, Moment, ProjectedWeight, WeightCompressor
 from vanishing.compressors.selection import keep_largest
 from vanishing.distributed import whole
 from vanishing.errors import ConfigError
 from vanishing.granularity import NM, Global, PerChannel, PerTensor
+from vanishing.layers.base import LayerKind
 from vanishing.receipt import Grid
+
+
+class Score(Enum):
+    """By what a weight stays or goes."""
+
+    MAGNITUDE = "magnitude"
+    """`|w|`."""
+    WANDA = "wanda"
+    """`|w| * |x|`, with the norm of the input that it is multiplied with (Sun et al., arXiv 2306.11695, equation 1)."""
+    FIRST_ORDER = "first order"
+    """`|w| * |g|`, with the mean magnitude of its gradient over calibration batches: the change of the loss to first
+    order (Molchanov et al., arXiv 1906.10771, take the same product over units)."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,8 @@ class MagnitudePruning(WeightCompressor):
             (all layers that the rule matches) or `NM(n, m)`.
         gradient: `Gradient.STRAIGHT_THROUGH`, by which a pruned weight can grow back, or `Gradient.EXACT`.
         freeze: whether the mask stays as it is once the fade is over; otherwise it is selected anew throughout.
+        score: `Score.MAGNITUDE`, or `Score.WANDA` or `Score.FIRST_ORDER`, which need `prepare(calibration=...)`. What
+            the batches tell is kept; the magnitudes are always those of the weights as they are now.
         update_every: optimizer steps between two selections of a layer; layers take turns. On a GPU a selection waits
             for the device, and every few steps are enough.
 
@@ -44,6 +61,7 @@ class MagnitudePruning(WeightCompressor):
     granularity: PerTensor | PerChannel | Global | NM = PerTensor()
     gradient: Gradient = Gradient.STRAIGHT_THROUGH
     freeze: bool = False
+    score: Score = Score.MAGNITUDE
     update_every: Annotated[int, Field(ge=1, description="a number of optimizer steps, at least 1")] = 2
 
     stage: ClassVar[int] = 1
@@ -64,6 +82,16 @@ class MagnitudePruning(WeightCompressor):
             raise ConfigError("MagnitudePruning(): sparsity is missing. Give the share of zeros, as in sparsity=0.9.")
         if self.gradient is Gradient.CLIPPED:
             raise ConfigError("MagnitudePruning(gradient=CLIPPED): only a quantizer has a range. Use EXACT.")
+
+    def refusal(self, kind: LayerKind) -> str | None:
+        if self.score is Score.WANDA and not kind.multiplies_rows:
+            return f"what a {kind.name} multiplies its weight with cannot be observed. Use Score.MAGNITUDE for it"
+        return None
+
+    def observer(self, layer: LayerView) -> Observer | None:
+        if self.score is Score.WANDA:
+            return InputMoments(layer.module, layer.kind, full=False)
+        return GradientMagnitudes(layer.weight) if self.score is Score.FIRST_ORDER else None
 
     def problem(self, layer: LayerView) -> str | None:
         if isinstance(self.granularity, NM) and layer.columns % self.granularity.m:
@@ -88,7 +116,7 @@ class MagnitudePruning(WeightCompressor):
                 self._select(form, weight)
 
     def _select(self, form: MaskedWeight, weight: Tensor) -> None:
-        magnitude = form.layout.to_matrix(whole(weight)).abs()
+        magnitude = form.scores(weight)
         if isinstance(self.granularity, PerTensor):
             keep = kept(magnitude.numel(), form.strength * (self.sparsity or 0.0))
             (mask,), form.border = keep_largest([magnitude], keep, form.border)
@@ -104,7 +132,7 @@ class MagnitudePruning(WeightCompressor):
         form.mask.copy_(mask.reshape(form.mask.shape))
 
     def _select_together(self, forms: Sequence[MaskedWeight], weights: Sequence[Tensor]) -> None:
-        magnitudes = [f.layout.to_matrix(whole(w)).abs() for f, w in zip(forms, weights, strict=True)]
+        magnitudes = [form.scores(weight) for form, weight in zip(forms, weights, strict=True)]
         keep = kept(sum(m.numel() for m in magnitudes), forms[0].strength * (self.sparsity or 0.0))
         masks, border = keep_largest(magnitudes, keep, forms[0].border)
         for form, mask in zip(forms, masks, strict=True):
@@ -121,6 +149,7 @@ class MaskedWeight(ProjectedWeight):
     """A weight times its mask; the mask is a buffer and is saved with the model's state."""
 
     mask: Tensor
+    importance: Tensor | None
 
     def __init__(self, compressor: MagnitudePruning, layer: LayerView) -> None:
         super().__init__(layer.layout)
@@ -128,6 +157,15 @@ class MaskedWeight(ProjectedWeight):
         shape = (layer.layout.rows, layer.columns)
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool, device=layer.weight.device))
         self.border: float | None = None
+        # (1, rows, columns), or (groups, 1, columns) where all rows of a group have the same inputs.
+        self.register_buffer("importance", _importance(layer))
+
+    def scores(self, weight: Tensor) -> Tensor:
+        """Return what a selection compares, (rows, columns)."""
+        magnitude = self.layout.to_matrix(whole(weight)).abs()
+        if self.importance is None:
+            return magnitude
+        return magnitude.reshape(len(self.importance), -1, magnitude.shape[1]).mul(self.importance).flatten(0, 1)
 
     def project(self, matrix: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -143,3 +181,13 @@ class MaskedWeight(ProjectedWeight):
 
     def matrix_grid(self, matrix: Tensor) -> Grid | None:
         return None
+
+
+def _importance(layer: LayerView) -> Tensor | None:
+    """What calibration batches say about the weights of a layer; None without them."""
+    observed = layer.observed
+    if isinstance(observed, InputMoments):
+        return observed.moments.sqrt()[:, None].to(layer.weight.dtype)
+    if isinstance(observed, GradientMagnitudes):
+        return layer.layout.to_matrix(observed.magnitudes)[None].to(layer.weight.dtype)
+    return None

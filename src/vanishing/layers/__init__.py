@@ -1,12 +1,13 @@
 """The kinds of layers whose weights can be compressed, one a file."""
 
 from vanishing.layers import attention, convolution, embedding, experts, linear, recurrent
-from vanishing.layers.base import Factored, LayerKind, Layout, factor, find_kind, register_kind
+from vanishing.layers.base import Factored, LayerKind, Layout, Split, factor, find_kind, register_kind
 
 __all__ = [
     "Factored",
     "LayerKind",
     "Layout",
+    "Split",
     "attention",
     "convolution",
     "embedding",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +59,17 @@ def row_layout(shape: tuple[int, ...], *, row_dimensions: int = 1) -> Layout:
     return Layout(shape=shape, view=shape, order=tuple(range(len(shape))), rows=rows)
 
 
+class Split(StrEnum):
+    """Between which of its dimensions a convolution's weight is split into factors."""
+
+    CHANNELS = "channels"
+    """The kernel to fewer channels, then 1 x 1."""
+    SPATIAL = "spatial"
+    """A column of the kernel to fewer channels, then a row (Jaderberg et al., arXiv 1405.3866)."""
+    TUCKER = "tucker"
+    """1 x 1 to fewer channels, the kernel between fewer channels, then 1 x 1 (Kim et al., arXiv 1511.06530)."""
+
+
 class Factored(nn.Sequential):
     """Two plain layers in the place of one: the second one's weight times the first one's is the weight.
 
@@ -65,11 +77,14 @@ class Factored(nn.Sequential):
     replaces, for code that looks at them.
 
     Args:
-        first: layer that maps the input to `rank` channels a group, without bias.
+        first: layer that maps the input to `rank` channels a group, without bias; itself factored in a Tucker split.
         second: layer that maps those to the output.
-        layout: how the original weight is a matrix.
+        layout: how the original weight is the matrix that the two multiply to.
         groups: number of blocks on the diagonal of the original weight.
         first_has_rows: True where the first layer holds the output channels (an embedding's rows).
+        second_order: permutation of the second layer's weight that brings `rank` to the end; None if that is where a
+            matrix of its rows has it.
+        split: what the two layers are.
         sizes: attributes of the original layer (`in_features` and the like) to answer to.
     """
 
@@ -81,12 +96,16 @@ class Factored(nn.Sequential):
         layout: Layout,
         groups: int = 1,
         first_has_rows: bool = False,
+        second_order: tuple[int, ...] | None = None,
+        split: Split = Split.CHANNELS,
         sizes: Mapping[str, Any],
     ) -> None:
         super().__init__(first, second)
         self._layout = layout
         self._groups = groups
         self._first_has_rows = first_has_rows
+        self._second_order = second_order
+        self.split = split
         for name, value in sizes.items():
             setattr(self, name, value)
 
@@ -101,14 +120,34 @@ class Factored(nn.Sequential):
         return self.left.shape[-1]
 
     @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank, and that of the first layer if that is factored as well."""
+        return (self.rank, *self[0].ranks) if isinstance(self[0], Factored) else (self.rank,)
+
+    @property
     def rows(self) -> int:
-        """The number of output channels."""
+        """The number of rows of the matrix: output channels, times the columns of the kernel in a spatial split."""
         return self._layout.rows
+
+    @property
+    def original_shape(self) -> tuple[int, ...]:
+        """The shape of the weight that was factored."""
+        return self._layout.shape
+
+    def thin_layers(self) -> dict[str, nn.Module]:
+        """Return the plain layers in the order in which they run, by their names below this one."""
+        layers: dict[str, nn.Module] = {}
+        for name, layer in self.named_children():
+            inner = layer.thin_layers() if isinstance(layer, Factored) else {"": layer}
+            layers |= {f"{name}.{path}".rstrip("."): each for path, each in inner.items()}
+        return layers
 
     @property
     def left(self) -> Tensor:
         """The factor with the output channels, (groups, rows / groups, rank)."""
         weight = self._weight_of(0) if self._first_has_rows else self._weight_of(1)
+        if self._second_order is not None:
+            weight = weight.permute(self._second_order)
         return weight.reshape(self._groups, self._layout.rows // self._groups, -1)
 
     @property
@@ -141,13 +180,20 @@ class Factored(nn.Sequential):
 
     @torch.no_grad()
     def assign(self, left: Tensor, right: Tensor) -> None:
-        """Set the values of the factors, of the shapes of `left` and `right`."""
+        """Set the values of the factors, of the shapes of `left` and `right`; the first layer is a plain one."""
         if self._first_has_rows:
             self._weight_of(0).copy_(left[0])
             self._weight_of(1).copy_(right[0].t())
             return
         self._weight_of(0).copy_(self._first_layout.from_matrix(right.flatten(0, 1)))
-        self._weight_of(1).copy_(left.reshape(self._weight_of(1).shape))
+        self.assign_left(left)
+
+    @torch.no_grad()
+    def assign_left(self, left: Tensor) -> None:
+        """Set the values of the second layer."""
+        weight = self._weight_of(1)
+        permuted = weight if self._second_order is None else weight.permute(self._second_order)
+        permuted.copy_(left.reshape(permuted.shape))
 
     def _weight_of(self, position: int) -> Tensor:
         weight: Any = self[position].weight
@@ -192,6 +238,8 @@ class LayerKind(ABC):
     """Whether a rule must name the layer or its type, and a glob alone does not take it."""
     why_not_factored: str | None = None
     """The reason why two smaller layers cannot take its place; None where they can."""
+    multiplies_rows = False
+    """Whether `input_rows` tells what the weight is multiplied with."""
 
     @abstractmethod
     def owns(self, module: nn.Module) -> bool:
@@ -222,21 +270,39 @@ class LayerKind(ABC):
         shape = tuple(module.weight.shape)  # type: ignore[arg-type]
         return output.numel() // self.layout(module, shape).rows
 
-    def input_rows(self, module: nn.Module, input: Tensor) -> Tensor | None:
+    def input_rows(self, module: nn.Module, input: Tensor) -> Tensor:
         """Return what the rows of the weight's matrix are multiplied with, for an input of the layer.
 
-        (groups, positions, columns): the output of group i is `rows[i] @ matrix[i].T`. None where the module multiplies
-        itself with what only it knows.
+        (groups, positions, columns): without its bias, the output of group i is `rows[i] @ matrix[i].T`.
         """
-        return None
+        raise NotImplementedError(f"{self.name} multiplies with what only its module knows.")
 
     def probe_input(self, module: nn.Module) -> Tensor | None:
         """Return a small random input for the layer, None where any would be a guess."""
         return None
 
+    def split(self, module: nn.Module, wanted: Split) -> Split:
+        """Return how a layer's weight is split if a convolution's is to be split in some way."""
+        return Split.CHANNELS
+
+    def split_layout(self, module: nn.Module, split: Split) -> Layout:
+        """Return how the weight is the matrix that is factored in a split."""
+        return self.layout(module, tuple(module.weight.shape))  # type: ignore[arg-type]
+
     def factor(self, module: nn.Module, rank: int) -> Factored:
         """Return two plain layers of a rank, with memory that is not initialized, where and as the layer is."""
         raise NotImplementedError(self.why_not_factored)
+
+    def factor_split(self, module: nn.Module, ranks: Sequence[int], split: Split) -> Factored:
+        """Return plain layers as `factor` does, in a split that `split` has given.
+
+        Args:
+            module: the layer.
+            ranks: those of the factored layer, see `Factored.ranks`.
+            split: how its weight is split.
+        """
+        (rank,) = ranks
+        return self.factor(module, rank)
 
 
 _KINDS: list[LayerKind] = []
@@ -253,18 +319,21 @@ def find_kind(module: nn.Module) -> LayerKind | None:
     return next((kind for kind in _KINDS if kind.owns(module)), None)
 
 
-def factor(module: nn.Module, rank: int) -> Factored:
+def factor(module: nn.Module, *ranks: int, split: Split = Split.CHANNELS) -> Factored:
     """Return two plain layers of the given rank that fit in a layer's place, with memory that is not initialized.
 
     Args:
         module: a linear, convolution or embedding layer.
-        rank: channels a group between the two layers.
+        ranks: channels a group between the two layers; in a Tucker split those before and after it, last ones first.
+        split: how a convolution's weight is split.
 
     Raises:
-        TypeError: the layer cannot be replaced by two.
+        TypeError: the layer cannot be replaced by two, or not in this split.
     """
     kind = find_kind(module)
     if kind is None or kind.why_not_factored:
         reason = kind.why_not_factored if kind else "it is not a layer with a known weight"
         raise TypeError(f"{type(module).__name__} cannot be factored: {reason}.")
-    return kind.factor(module, rank)
+    if kind.split(module, split) is not split or len(ranks) != (2 if split is Split.TUCKER else 1):
+        raise TypeError(f"{type(module).__name__} cannot be factored into {split} with {len(ranks)} ranks.")
+    return kind.factor_split(module, ranks, split)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
-from vanishing.layers.base import Factored, LayerKind, Layout, register_kind, row_layout, transposed_layout
+from vanishing.layers.base import Factored, LayerKind, Layout, Split, register_kind, row_layout, transposed_layout
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -52,9 +53,57 @@ def _factored(module: nn.Module, first_type: type[nn.Module], rank: int, layout:
     return Factored(first, second, layout=layout, groups=module.groups, sizes=sizes)
 
 
+def _spatial(module: nn.modules.conv._ConvNd, rank: int, *, layout: Layout) -> Factored:
+    place = {"device": module.weight.device, "dtype": module.weight.dtype}
+    shared = {"groups": module.groups, "padding_mode": module.padding_mode} | place
+    between = rank * module.groups
+
+    def along(dimension: int) -> dict[str, Any]:
+        # What belongs to the other dimension does nothing.
+        settings: dict[str, Any] = {}
+        for name, nothing in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+            value = getattr(module, name)
+            pair = [nothing, nothing]
+            if not isinstance(value, str):
+                pair[dimension] = value[dimension]
+            settings[name] = value if isinstance(value, str) else tuple(pair)
+        return settings
+
+    first = skip_init(nn.Conv2d, module.in_channels, between, bias=False, **along(0), **shared)
+    second = skip_init(nn.Conv2d, between, module.out_channels, bias=module.bias is not None, **along(1), **shared)
+    sizes = {name: getattr(module, name) for name in _SIZES}
+    return Factored(
+        first,
+        second,
+        layout=layout,
+        groups=module.groups,
+        second_order=(0, 3, 2, 1),
+        split=Split.SPATIAL,
+        sizes=sizes,
+    )
+
+
+def _tucker(module: nn.modules.conv._ConvNd, rank: int, inner_rank: int) -> Factored:
+    place = {"device": module.weight.device, "dtype": module.weight.dtype}
+    sizes = {name: getattr(module, name) for name in _SIZES}
+    kind = _CONVOLUTIONS[_dimensions(module)]
+    first = skip_init(kind, module.in_channels, inner_rank, 1, bias=False, **place)
+    settings = {name: sizes[name] for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+    core = skip_init(kind, inner_rank, rank, bias=False, **settings, **place)
+    last = skip_init(kind, rank, module.out_channels, 1, bias=module.bias is not None, **place)
+    # The first two layers are a convolution of `rank` channels, split between its input channels and the rest.
+    shape = (rank, module.in_channels, *module.kernel_size)
+    order = (0, *range(2, len(shape)), 1)
+    layout = Layout(shape=shape, view=shape, order=order, rows=math.prod(shape) // module.in_channels)
+    inner = Factored(first, core, layout=layout, second_order=order, sizes=sizes | {"out_channels": rank})
+    shape = tuple(module.weight.shape)
+    return Factored(inner, last, layout=row_layout(shape), split=Split.TUCKER, sizes=sizes)
+
+
 @register_kind
 class ConvolutionKind(LayerKind):
     name = "Conv"
+    multiplies_rows = True
 
     def owns(self, module: nn.Module) -> bool:
         return isinstance(module, tuple(_CONVOLUTIONS.values()))
@@ -94,9 +143,29 @@ class ConvolutionKind(LayerKind):
         columns = module.weight.numel() // module.out_channels
         return split.permute(1, 0, *outside, 2, *kernel).reshape(module.groups, -1, columns)
 
+    def split(self, module: nn.Module, wanted: Split) -> Split:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        flat = isinstance(module, nn.Conv2d) and min(module.kernel_size) > 1
+        dense = module.groups == 1 and math.prod(module.kernel_size) > 1
+        fits = {Split.SPATIAL: flat, Split.TUCKER: dense}.get(wanted, True)
+        return wanted if fits else Split.CHANNELS
+
+    def split_layout(self, module: nn.Module, split: Split) -> Layout:
+        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
+        if split is not Split.SPATIAL:
+            return row_layout(shape)
+        # A row for each output channel and column of the kernel.
+        return Layout(shape=shape, view=shape, order=(0, 3, 1, 2), rows=shape[0] * shape[3])
+
     def factor(self, module: nn.Module, rank: int) -> Factored:
         shape = tuple(module.weight.shape)  # type: ignore[arg-type]
         return _factored(module, _CONVOLUTIONS[_dimensions(module)], rank, row_layout(shape))
+
+    def factor_split(self, module: nn.Module, ranks: Sequence[int], split: Split) -> Factored:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        if split is Split.SPATIAL:
+            return _spatial(module, *ranks, layout=self.split_layout(module, split))
+        return _tucker(module, *ranks) if split is Split.TUCKER else self.factor(module, *ranks)
 
 
 @register_kind

@@ -24,6 +24,7 @@ def factored_linear(weight: Tensor, inputs: int, outputs: int, rank: int, bias: 
 @register_kind
 class LinearKind(LayerKind):
     name = "Linear"
+    multiplies_rows = True
 
     def owns(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
@@ -58,6 +59,7 @@ class TransposedLinearKind(LayerKind):
     """transformers' `Conv1D`, GPT-2's linear layer with its weight as (in, out)."""
 
     name = "Conv1D"
+    multiplies_rows = True
 
     def owns(self, module: nn.Module) -> bool:
         # A model with such a layer has imported transformers; nobody else pays for the import.
