@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vanishing.bench.arms import Arm
 from vanishing.bench.tasks import Task
+from vanishing.calibration import Calibration
 from vanishing.compressors import Compressor
 from vanishing.serialization import load, save
 from vanishing.transition import prepare
@@ -108,6 +109,7 @@ def fine_tune(
     budget: Budget,
     folder: Path,
     on_step: Callable[[], None],
+    calibration: Calibration | None = None,
 ) -> tuple[Outcome, tuple[Point, ...]]:
     """Compress a trained original by one strategy.
 
@@ -119,6 +121,7 @@ def fine_tune(
         budget: steps and learning rate.
         folder: where the finished model is saved.
         on_step: called after every optimizer step.
+        calibration: what the technique looks at before it starts.
 
     Returns:
         The finished model's outcome, and the way to it.
@@ -127,7 +130,7 @@ def fine_tune(
     model = task.make_model()
     model.load_state_dict(dense)
     rules = technique if isinstance(technique, Mapping) else {task.layers: technique}
-    transition = prepare(model, arm.recipe(rules, budget.fade_steps))
+    transition = prepare(model, arm.recipe(rules, budget.fade_steps), calibration=calibration)
 
     def evaluate() -> Point:
         blend = task.accuracy(model)
