@@ -191,9 +191,13 @@ class InputMoments(Observer):
 
     @property
     def moments(self) -> Tensor:
-        """The means: (groups, columns, columns), or (groups, columns) of the diagonal."""
-        assert self._sum is not None
-        return self._sum / self._positions
+        """The means: (groups, columns, columns), or (groups, columns) of the diagonal; of white inputs before any."""
+        if self._sum is not None:
+            return self._sum / self._positions
+        weight = self._module.get_parameter("weight")
+        columns = weight.numel() // self._kind.layout(self._module, tuple(weight.shape)).rows
+        ones = weight.new_ones(self._kind.groups(self._module), columns)
+        return ones.diag_embed() if self._full else ones
 
     def observe(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         given = next((x for x in (*arguments, *keywords.values()) if isinstance(x, Tensor)), None)
@@ -236,9 +240,8 @@ class GradientMagnitudes(Observer):
 
     @property
     def magnitudes(self) -> Tensor:
-        """The means."""
-        assert self._sum is not None
-        return self._sum / self._batches
+        """The means; ones before any."""
+        return torch.ones_like(self._weight) if self._sum is None else self._sum / self._batches
 
     def observe_gradients(self) -> None:
         if self._weight.grad is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from vanishing.errors import RecipeError, TransitionError
 from vanishing.inputs import call
 from vanishing.optimizers import OptimizerWatch, exchange, held_ids, join, leave, unheld_problems
 from vanishing.places import Places
-from vanishing.plan import make_plan
+from vanishing.plan import Plan, make_plan
 from vanishing.random_state import random_state_restored_on_error
 from vanishing.receipt import FinishedLayer, Receipt, extend_receipt
 from vanishing.recipe import Recipe
@@ -56,8 +56,9 @@ def prepare(
             come from, and at the end those that are gone leave it. Not needed if the optimizer is made afterwards.
         example_inputs: one batch for the model (a tensor, a tuple of arguments or a mapping of keywords); with it the
             whole model is tried between the two forms now, and compared before and after `finish`.
-        calibration: batches for techniques that look at activations or gradients (each a tensor, a tuple of arguments
-            or a mapping of keywords), gone through once, in evaluation mode; or a `Calibration`, which has a loss too.
+        calibration: batches for techniques that look at activations or gradients (each a tensor, a tuple or list whose
+            first item is the input, or a mapping of keywords), gone through once, in evaluation mode; or a
+            `Calibration`, which has a loss too.
 
     Returns:
         The transition, at step 0.
@@ -85,7 +86,6 @@ def prepare(
         )
     if optimizer is not None:
         plan.problems += unheld_problems(optimizer, plan.places())
-    ramps = [rule.ramp or resolved.ramp for _, rule in resolved.rules]
     with random_state_restored_on_error():
         blocks = build_block_sites(plan)
         plan.check()
@@ -94,9 +94,33 @@ def prepare(
             calibrate(model, observed, given)
             for block in blocks:
                 block.calibrate()
-        weights = [build_weight_site(w, ramped=ramps[w.rule] is not None) for w in plan.weights]
-        transition = Transition(model, resolved, [*weights, *blocks], example_inputs)
-        transition._begin(optimizer)
+        return _begun(model, plan, resolved, blocks, optimizer, example_inputs)
+
+
+def prepare_for_state(model: nn.Module, recipe: Recipe) -> Transition:
+    """Change a model as `prepare` does, for a state of a calibrated model in transition that is then loaded into it.
+
+    No batches are needed: what techniques took from them is in the state.
+    """
+    plan = make_plan(model, recipe)
+    with random_state_restored_on_error():
+        blocks = build_block_sites(plan)
+        plan.check()
+        return _begun(model, plan, recipe, blocks, None, None)
+
+
+def _begun(
+    model: nn.Module,
+    plan: Plan,
+    recipe: Recipe,
+    blocks: Sequence[Site],
+    optimizer: Optimizer | None,
+    example_inputs: Any,
+) -> Transition:
+    ramps = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
+    weights = [build_weight_site(w, ramped=ramps[w.rule] is not None) for w in plan.weights]
+    transition = Transition(model, recipe, [*weights, *blocks], example_inputs)
+    transition._begin(optimizer)
     return transition
 
 

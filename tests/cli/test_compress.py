@@ -218,7 +218,12 @@ def test_a_dry_run_changes_nothing_and_tells_the_size(tmp_path: Path, texts: tup
 def test_a_recipe_file_says_it_all(tmp_path: Path, texts: tuple[Path, Path]) -> None:
     bert, table = texts
     recipe = vanishing.Recipe(
-        {"*.attention.*": vanishing.LowRank(rank=4), "classifier": vanishing.Quantization(bits=8)},
+        {
+            # Two that look at examples of the data first.
+            "*.attention.*": vanishing.LowRank(rank=4, whitened=True),
+            "*.intermediate.*": vanishing.MagnitudePruning(0.75, score=vanishing.Score.FIRST_ORDER),
+            "classifier": vanishing.Quantization(bits=8),
+        },
         schedule=vanishing.LinearSchedule(steps=5),
     )
     file = tmp_path / "recipe.yaml"
@@ -227,6 +232,7 @@ def test_a_recipe_file_says_it_all(tmp_path: Path, texts: tuple[Path, Path]) -> 
     assert found["fade_ends_at"] == 5
     small: Any = vanishing.load(tmp_path / "small")
     assert small.bert.encoder.layer[0].attention.self.query.rank == 4
+    assert (small.bert.encoder.layer[0].intermediate.dense.weight == 0).float().mean() == 0.75
     assert "classifier" in json.loads((tmp_path / "small" / "vanishing.json").read_text())["modules"]
 
 

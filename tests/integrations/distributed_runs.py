@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import vanishing
-from vanishing import Binary, Compressor, LinearSchedule, LowRank, MagnitudePruning, Replace, TransitionError
+from vanishing import Binary, Compressor, LinearSchedule, LowRank, MagnitudePruning, Replace, Score, TransitionError
 from vanishing.integrations.fsdp import finish_gathered
 
 STEPS, BATCH = 10, 8
@@ -52,6 +52,10 @@ TECHNIQUES: dict[str, dict[Any, Compressor]] = {
     "pruning": {"*": MagnitudePruning(0.5)},
     "binary": {"*": Binary()},
     "low_rank": {"*.feed_forward.*": LowRank(rank=2)},
+    "calibrated": {
+        "*.feed_forward.0": MagnitudePruning(0.5, score=Score.WANDA),
+        "*.feed_forward.2": LowRank(rank=2, whitened=True),
+    },
     "replace": {"*.feed_forward": Replace(narrow, name="narrow of distributed runs")},
 }
 
@@ -72,7 +76,8 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 def prepared(way: str, technique: str) -> tuple[nn.Module, nn.Module, vanishing.Transition, torch.optim.Optimizer]:
     """Return the model, what a loop calls, the transition, and the optimizer."""
     model = build()
-    transition = vanishing.prepare(model, vanishing.Recipe(TECHNIQUES[technique], schedule=SCHEDULE))
+    recipe = vanishing.Recipe(TECHNIQUES[technique], schedule=SCHEDULE)
+    transition = vanishing.prepare(model, recipe, calibration=batches()[:2] if technique == "calibrated" else None)
     wrapped: nn.Module = model
     if way == "ddp":
         wrapped = DistributedDataParallel(model)

@@ -218,7 +218,8 @@ class WeightCompressor(Compressor):
     def observer(self, layer: LayerView) -> Observer | None:
         """Return what looks at a layer in the calibration pass, None for a technique that needs none.
 
-        `form` finds it, with what it saw, as the layer's `observed`.
+        `form` finds it, with what it saw, as the layer's `observed`. It saw nothing where a state is loaded afterwards,
+        which has what was seen: the form then needs the right shapes alone.
         """
         return None
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from vanishing.errors import TransitionError
-from vanishing.transition import Transition, prepare
+from vanishing.transition import Transition, prepare_for_state
 
 
 def finish_gathered(transition: Transition, build: Callable[[], nn.Module]) -> nn.Module | None:
@@ -42,7 +42,7 @@ def finish_gathered(transition: Transition, build: Callable[[], nn.Module]) -> n
     if dist.get_rank() != 0:
         return None
     model = build()
-    plain = prepare(model, transition.recipe)
+    plain = prepare_for_state(model, transition.recipe)
     model.load_state_dict(state)
     plain.load_state_dict(clock)
     return plain.finish()

@@ -51,6 +51,7 @@ from vanishing.workflow.tasks import Task, choose_task, task_of_architecture
 from vanishing.workflow.training import Display, arguments, make_trainer, step_count, train
 
 RESULTS = "results.json"
+_CALIBRATION_BATCHES = 16
 _RECALIBRATION_BATCHES = 20
 
 
@@ -120,7 +121,10 @@ class Job:
         """
         if self.settings.recompute and not getattr(model, "supports_gradient_checkpointing", False):
             raise InputProblem(f"--recompute: {type(model).__name__} cannot compute its activations twice.")
-        transition = prepare(model, self.recipe(model))
+        recipe = self.recipe(model)
+        looks = bool(recipe.match(model).observed())
+        calibration = some_batches(self, model, _CALIBRATION_BATCHES) if looks else None
+        transition = prepare(model, recipe, calibration=calibration)
         transition.set_length(self.steps)
         if transition.end > self.steps:
             raise InputProblem(
@@ -385,15 +389,21 @@ def _evaluate(job: Job, model: Any, work: Path) -> dict[str, float]:
     return measures(job.task, trainer.evaluate())
 
 
+def some_batches(job: Job, model: nn.Module, count: int) -> list[dict[str, Any]]:
+    """Return batches of training examples from all over the data, on the model's device."""
+    device = next(model.parameters()).device
+    size = job.settings.batch_size
+    # Every so manieth example, as files are often sorted by class.
+    count = min(len(job.encoded.train), size * count)
+    chosen = torch.linspace(0, len(job.encoded.train) - 1, count).round().int().tolist()
+    rows = [chosen[i :: max(1, count // size)] for i in range(max(1, count // size))]
+    batches = (job.encoded.collate([job.encoded.train[i] for i in indices]) for indices in rows)
+    return [{name: values.to(device) for name, values in batch.items()} for batch in batches]
+
+
 def _recalibration_batches(job: Job, model: nn.Module) -> list[dict[str, Any]] | None:
     """Batches to estimate BatchNorm's statistics from, None for a model without any."""
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return None
-    device = next(model.parameters()).device
-    size = job.settings.batch_size
-    # Every so manieth example, as files are often sorted by class.
-    count = min(len(job.encoded.train), size * _RECALIBRATION_BATCHES)
-    chosen = torch.linspace(0, len(job.encoded.train) - 1, count).round().int().tolist()
-    rows = [chosen[i :: max(1, count // size)] for i in range(max(1, count // size))]
-    batches = (job.encoded.collate([job.encoded.train[i] for i in indices]) for indices in rows)
-    return [{n: v.to(device) for n, v in batch.items() if n != "labels"} for batch in batches]
+    batches = some_batches(job, model, _RECALIBRATION_BATCHES)
+    return [{name: values for name, values in batch.items() if name != "labels"} for batch in batches]
