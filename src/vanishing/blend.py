@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from torch.utils._pytree import tree_leaves
 from vanishing.compressors.base import Beta, CompressedWeight
 from vanishing.distributed import is_distributed
 from vanishing.errors import TransitionError
+from vanishing.receipt import Grid
 
 
 class Blend(nn.Module):
     """Holds beta for one layer or block: a float for eager mode and a tensor, beside it, for compiled graphs.
 
     A compiled graph reads the tensor, so that it is not compiled anew while beta moves, and `fading`, which changes
-    once in a transition.
+    once in a transition: where layers fade one after another, when the last of them has no original left.
     """
 
     beta_tensor: Tensor
@@ -34,12 +35,19 @@ class Blend(nn.Module):
         self.fading = True
         self.register_buffer("beta_tensor", torch.ones(()), persistent=False)
 
-    def set_beta(self, beta: float) -> None:
-        """Set the original's share, in [0, 1]."""
+    def set_beta(self, beta: float, *, fading: bool) -> None:
+        """Set the original's share, in [0, 1], and whether compiled graphs have to run it."""
         if beta != self.beta:
             # A module's own way to set an attribute costs more than all the rest of a step of the clock.
-            vars(self).update(beta=beta, fading=beta > 0.0)
+            vars(self).update(beta=beta)
             self.beta_tensor.fill_(beta)
+        if fading != self.fading:
+            vars(self).update(fading=fading)
+
+    @property
+    def vanished(self) -> bool:
+        """Whether the original has no part in what is computed now, and need not run."""
+        return not self.fading if torch.compiler.is_compiling() else self.beta == 0.0
 
     def current_beta(self) -> Beta:
         """Return beta as a tensor while a graph is being compiled, else as a float."""
@@ -103,7 +111,7 @@ class BlendedWeight(Blend):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight that the layer uses: the original itself at beta = 1."""
-        if not self.fading:
+        if self.vanished:
             return with_idle(self.form.compress(weight), [] if self.form.shares_weight else [weight])
         beta = self.current_beta()
         if isinstance(beta, float) and beta == 1.0:
@@ -111,12 +119,15 @@ class BlendedWeight(Blend):
         return self.form.blend(weight, beta)
 
 
-def install_blended_weight(module: nn.Module, name: str, blend: BlendedWeight) -> None:
-    """Register a blend on a layer's weight; the layer keeps its class, its `.weight` and its hooks.
+def install_blended_weight(module: nn.Module, name: str, blends: Sequence[BlendedWeight]) -> None:
+    """Register blends on a layer's weight, each on what the one before gives.
 
-    A layer that two smaller ones will replace runs those as soon as the original is gone (beta = 0).
+    The layer keeps its class, its `.weight` and its hooks. One that two smaller ones will replace runs those as soon
+    as the original is gone (beta = 0).
     """
-    parametrize.register_parametrization(module, name, blend, unsafe=True)
+    for each in blends:
+        parametrize.register_parametrization(module, name, each, unsafe=True)
+    blend = blends[0]
     blended_type: Any = type(module)
     recurrent = isinstance(module, nn.RNNBase)
     fast = _weight_property(name, getattr(blended_type, name))
@@ -137,7 +148,7 @@ def _weight_property(name: str, slow: property) -> property:
             return slow.fget(self)  # type: ignore[misc]
         parametrizations: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         original = parametrizations._parameters.get("original")
-        # A copy of `nn.DataParallel` holds no parameters, and a user may have put a parametrization of his own on top.
+        # A copy of `nn.DataParallel` holds no parameters; on top there may be further techniques, or a user's own.
         if original is None or len(parametrizations._modules) > 1:
             return slow.fget(self)  # type: ignore[misc]
         return parametrizations._modules["0"].forward(original)
@@ -195,7 +206,7 @@ def _forget_graphs(module: nn.RNNBase) -> None:
 def _factored_forward(base_forward: Callable[..., Any], name: str) -> Callable[..., Any]:
     def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
         current: Any = self.parametrizations[name][0]  # type: ignore[index]
-        if current.fading:
+        if not current.vanished:
             output: Tensor = base_forward(self, *arguments, **keywords)
             return output
         # Loading or casting may have put another one in its place.
@@ -222,13 +233,26 @@ def remove_blended_weight(module: nn.Module, name: str, order: tuple[str, ...]) 
         module._init_flat_weights()
 
 
-def blended_weights(module: nn.Module) -> Iterator[tuple[str, BlendedWeight]]:
-    """Yield name and blend of every weight of one module that is in transition."""
+def blended_weights(module: nn.Module) -> Iterator[tuple[str, list[BlendedWeight]]]:
+    """Yield name and blends of every weight of one module that is in transition; several act in turn."""
     if not parametrize.is_parametrized(module):
         return
     for name, parametrizations in module.parametrizations.items():  # type: ignore[operator,union-attr]
-        if isinstance(parametrizations[0], BlendedWeight):
-            yield name, parametrizations[0]
+        blends = [blend for blend in parametrizations if isinstance(blend, BlendedWeight)]
+        if blends:
+            yield name, blends
+
+
+def compressed_in_turn(blends: Sequence[BlendedWeight], weight: Tensor) -> Tensor:
+    """Return what blends make of a latent weight with nothing left of any original."""
+    for blend in blends:
+        weight = blend.form.compress(weight)
+    return weight
+
+
+def grid_in_turn(blends: Sequence[BlendedWeight], weight: Tensor) -> Grid | None:
+    """Return the values that `compressed_in_turn` takes, None where they are any."""
+    return blends[-1].form.grid(compressed_in_turn(blends[:-1], weight))
 
 
 class BlendedBlock(Blend):
@@ -254,7 +278,7 @@ class BlendedBlock(Blend):
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Return `beta f(...) + (1 - beta) g(...)` for every floating tensor of the outputs."""
-        if not self.fading:
+        if self.vanished:
             return with_idle(self.replacement(*arguments, **keywords), self.original.parameters(), copy=True)
         beta = self.current_beta()
         if isinstance(beta, float) and beta == 1.0:
@@ -273,18 +297,18 @@ class BlendedBlock(Blend):
             return super().__getattr__(name)
         except AttributeError:
             # Copying and unpickling look for special methods, which are this module's own.
-            if name in ("original", "replacement", "fading", "_standing") or name.startswith("__"):
+            if name in ("original", "replacement", "beta", "fading", "vanished", "_standing") or name.startswith("__"):
                 raise
         try:
             value = getattr(self._standing, name)
         except AttributeError:
-            if self.fading:
+            if not self.vanished:
                 raise
             raise AttributeError(
                 f"{type(self.replacement).__name__!r}, the replacement of {type(self.original).__name__!r}, has no "
                 f"attribute {name!r}. If the model reads it, set it in the factory."
             ) from None
-        return self._blended(name, value) if isinstance(value, Tensor) and self.fading else value
+        return self._blended(name, value) if isinstance(value, Tensor) and not self.vanished else value
 
     def __bool__(self) -> bool:
         # A module with a length is false when it is empty.
@@ -308,7 +332,7 @@ class BlendedBlock(Blend):
     @property
     def _standing(self) -> nn.Module:
         """The form that the rest of the model sees when it does not call the block."""
-        return self.original if self.fading else self.replacement
+        return self.replacement if self.vanished else self.original
 
 
 def blend_outputs(original: Any, replacement: Any, beta: Beta, path: str) -> Any:
@@ -372,7 +396,11 @@ def _blend_tensors(original: Tensor, replacement: Tensor, beta: Beta, path: str)
     if not (original.is_floating_point() or original.is_complex()):
         return replacement
     # Not `lerp`, whose difference of two infinities is no number: scores are masked with minus infinity.
-    return original * beta + replacement.to(original.dtype) * (1 - beta)
+    first, second = original * beta, replacement.to(original.dtype) * (1 - beta)
+    if isinstance(beta, Tensor):
+        # A compiled graph blends at 0 and 1 too, and infinity times 0 is no number either.
+        first, second = first.where(beta > 0, 0), second.where(beta < 1, 0)
+    return first + second
 
 
 def _mismatch(path: str, expected: str, got: str) -> TransitionError:

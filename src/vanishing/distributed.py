@@ -14,6 +14,15 @@ def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+def agreed(value: float, device: torch.device) -> float:
+    """Return the first process's number in every process; then every process has to call this."""
+    if not is_distributed():
+        return value
+    shared = torch.tensor(value, dtype=torch.float32, device=device)
+    torch.distributed.broadcast(shared, src=0)
+    return float(shared)
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether each process holds a part of a tensor."""
     return hasattr(tensor, "full_tensor")

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from vanishing.blend import BlendedBlock, blended_weights
 from vanishing.calibration import Observed, Observer
 from vanishing.compressors import BlockCompressor, Compressor, LayerView, Replace, StructuredPruning, WeightCompressor
+from vanishing.drives import schedule_problems
 from vanishing.errors import RecipeError
 from vanishing.layers import Factored, LayerKind, find_kind
 from vanishing.patterns import Glob, Pattern
@@ -208,6 +209,9 @@ class _Planner:
             problem = rule_problem(pattern, rule, tally, modules)
             if problem:
                 self.plan.problems.append(problem)
+        weights = {name: planned.rule for planned in self.plan.weights for name in planned.names[:1]}
+        blocks = {block.name: block.rule for block in self.plan.blocks}
+        self.plan.problems += schedule_problems(self.recipe, weights, blocks)
         return self.plan
 
     def _check_factories(self) -> None:

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch import nn
 
-from vanishing.compressors import Compressor
+from vanishing.compressors import Chain, Compressor
 from vanishing.config import Config, concrete_kinds
 from vanishing.errors import ConfigError
 from vanishing.granularity import Granularity
 from vanishing.patterns import Pattern, Where, pattern_from_plain, pattern_to_plain, to_pattern
-from vanishing.schedules import Schedule
+from vanishing.schedules import Adaptive, Schedule, Staggered
 
 if TYPE_CHECKING:
     from vanishing.plan import Plan
 
+_NO_RAMPS = (Staggered, Adaptive)
 _FIELDS = {"rules", "schedule", "ignore", "ramp", "freeze_original"}
 
 Key = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -35,20 +36,37 @@ class Rule(Config):
         compressor: the technique.
         schedule: beta for the modules of this rule; None for the recipe's.
         ramp: ramp for the modules of this rule; None for the recipe's.
+        schedules: in the place of `schedule`, a beta for each technique of a chain, in their order: each of them blends
+            what the ones before leave with what it makes of that.
+
+    Raises:
+        ConfigError: not one schedule for each technique of a chain, or a ramp that cannot drive the technique.
     """
 
     compressor: Compressor
     schedule: Schedule | None = None
     ramp: Schedule | None = None
+    schedules: tuple[Schedule, ...] = ()
 
     def check(self) -> None:
         if self.ramp is not None:
-            check_ramp(self.compressor)
+            check_ramp(self.compressor, self.ramp)
+        if not self.schedules:
+            return
+        if self.schedule is not None:
+            raise ConfigError("Rule(schedule=..., schedules=...): a rule takes one of the two. Drop the other.")
+        if not isinstance(self.compressor, Chain) or len(self.compressor.compressors) != len(self.schedules):
+            count = len(self.compressor.compressors) if isinstance(self.compressor, Chain) else 1
+            raise ConfigError(
+                f"Rule(schedules=...): expected one schedule for each technique of a chain such as "
+                f"MagnitudePruning(0.5) | Quantization(bits=4), got {len(self.schedules)} for {count}, "
+                f"{self.compressor!r}. Correct their number, or use `schedule`."
+            )
 
     def resolved(self, length: int) -> Rule:
         """Return the rule for a training of `length` optimizer steps."""
         schedule, ramp = (None if each is None else each.resolved(length) for each in (self.schedule, self.ramp))
-        return Rule(self.compressor, schedule, ramp)
+        return Rule(self.compressor, schedule, ramp, tuple(each.resolved(length) for each in self.schedules))
 
 
 @dataclass(frozen=True, init=False)
@@ -104,7 +122,7 @@ class Recipe:
             raise ConfigError(f"the recipe's freeze_original is True or False, got {freeze_original!r}.")
         if ramp is not None:
             for _, rule in entries:
-                check_ramp(rule.compressor)
+                check_ramp(rule.compressor, ramp)
         single = isinstance(ignore, str) or not isinstance(ignore, Iterable)
         object.__setattr__(self, "rules", entries)
         object.__setattr__(self, "ignore", tuple(to_pattern(key) for key in ([ignore] if single else ignore)))  # type: ignore[union-attr]
@@ -126,7 +144,7 @@ class Recipe:
         return settled
 
     def _schedules(self) -> list[Schedule]:
-        own = [schedule for _, rule in self.rules for schedule in (rule.schedule, rule.ramp)]
+        own = [schedule for _, rule in self.rules for schedule in (rule.schedule, rule.ramp, *rule.schedules)]
         return [schedule for schedule in (self.schedule, self.ramp, *own) if schedule is not None]
 
     def match(self, model: nn.Module) -> Plan:
@@ -239,10 +257,17 @@ class Recipe:
             {"oneOf": [{"$ref": f"#/$defs/{c.kind}"} for c in concrete_kinds(base)]}
             for base in (Compressor, Schedule, Pattern)
         )
+        ramp = {"oneOf": [{"$ref": f"#/$defs/{c.kind}"} for c in concrete_kinds(Schedule) if c not in _NO_RAMPS]}
         match = {"anyOf": [{"type": "string", "description": "a glob on the module's full name"}, pattern]}
         rule = {
             "type": "object",
-            "properties": {"match": match, "compressor": compressor, "schedule": schedule, "ramp": schedule},
+            "properties": {
+                "match": match,
+                "compressor": compressor,
+                "schedule": schedule,
+                "ramp": ramp,
+                "schedules": {"type": "array", "items": schedule},
+            },
             "required": ["match", "compressor"],
             "additionalProperties": False,
         }
@@ -250,7 +275,7 @@ class Recipe:
             "rules": {"type": "array", "items": rule, "minItems": 1},
             "ignore": {"type": "array", "items": match},
             "schedule": schedule,
-            "ramp": schedule,
+            "ramp": ramp,
             "freeze_original": {"type": "boolean"},
         }
         return {
@@ -270,8 +295,13 @@ class Recipe:
         return self.to_dict()
 
 
-def check_ramp(compressor: Compressor) -> None:
+def check_ramp(compressor: Compressor, ramp: Schedule) -> None:
     """Raise `ConfigError` if a ramp cannot drive a technique."""
+    if isinstance(ramp, _NO_RAMPS):
+        raise ConfigError(
+            f"a ramp depends on the step alone and is one for all layers, so {type(ramp).__name__} cannot be one. Use "
+            f"the schedule inside of it."
+        )
     if not compressor.ramps:
         raise ConfigError(
             f"{type(compressor).__name__} has no strength between none and full, so a ramp cannot drive it. "

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from enum import Enum
 from typing import Annotated, Self
 
 from pydantic import Field, StringConstraints
@@ -64,7 +67,19 @@ class Schedule(Config, ABC):
         """
         return self
 
-    def __call__(self, step: int) -> float:
+    def spread(self, names: Sequence[str]) -> list[Schedule]:
+        """Return the schedule of each of the layers that it drives: by default all have the same.
+
+        Args:
+            names: full names of the layers, in the model's order.
+        """
+        return [self] * len(names)
+
+    def problems(self, names: Sequence[str]) -> list[str]:
+        """Return why it cannot drive layers of these names; by default it can drive any."""
+        return []
+
+    def __call__(self, step: float) -> float:
         """Return the value at an optimizer step (the number of optimizer steps already done).
 
         >>> LinearSchedule(steps=10)(4)
@@ -186,7 +201,191 @@ class StepSchedule(Schedule):
         return _known(self.at)
 
     def shape(self, progress: float) -> float:
-        raise AssertionError("a step has no interior")
+        # Only an adaptive clock shows a part of a step.
+        return 1.0
+
+
+class Order(Enum):
+    """In which order layers fade."""
+
+    FIRST_TO_LAST = "first to last"
+    """As they stand in the model."""
+    LAST_TO_FIRST = "last to first"
+    """From its end to its beginning."""
+
+
+@dataclass(frozen=True)
+class Staggered(Schedule):
+    """Layers fade one after another, each by the same schedule, shortened so that all together take its length.
+
+    It drives the layers of its rule or, as the recipe's schedule, those of all rules without one of their own. Called
+    by itself it is the schedule of a single layer.
+
+    Args:
+        schedule: the fade of all layers together: when it begins, how long it takes, and the shape of each one's.
+        order: `Order.FIRST_TO_LAST`, `Order.LAST_TO_FIRST`, or names of layers, in which `*` stands for anything and
+            crosses dots. Layers that one name matches fade together; the first name that matches counts.
+        overlap: share of a layer's fade that the next one's has in common with it, in [0, 1).
+
+    Raises:
+        ConfigError: a value is out of range, or the order is empty.
+
+    >>> [s.begin for s in Staggered(LinearSchedule(steps=12)).spread(["0", "1", "2"])]
+    [0, 4, 8]
+    """
+
+    schedule: Fade
+    _: KW_ONLY
+    order: Annotated[
+        Order | tuple[str, ...], Field(description="'first to last', 'last to first' or a list of layers' names")
+    ] = Order.FIRST_TO_LAST
+    overlap: Annotated[
+        float, Field(ge=0, lt=1, description="the share of a fade that the next one has in common with it, in [0, 1)")
+    ] = 0.0
+
+    def check(self) -> None:
+        if not self.order:
+            raise ConfigError("Staggered(order=()): it names no layer. Leave it out to go from the first to the last.")
+
+    @property
+    def begin(self) -> int:
+        return self.schedule.begin
+
+    @property
+    def end(self) -> int:
+        return self.schedule.end
+
+    @property
+    def is_relative(self) -> bool:
+        return self.schedule.is_relative
+
+    def resolved(self, length: int) -> Self:
+        return dataclasses.replace(self, schedule=self.schedule.resolved(length))
+
+    def shape(self, progress: float) -> float:
+        return self.schedule.shape(progress)
+
+    def problems(self, names: Sequence[str]) -> list[str]:
+        if isinstance(self.order, Order):
+            return []
+        unmatched = [name for name in self.order if not fnmatch.filter(names, name)]
+        problems = [f"Staggered: its order names {name!r}, but it drives no such layer. Correct it." for name in unmatched]
+        left = [name for name, place in zip(names, self._places(names), strict=True) if place == len(self.order)]
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            named = ", ".join(map(repr, left[:3]))
+            problems.append(f"Staggered: its order does not name {named}{more}. Let it end with '*' for the rest.")
+        return problems
+
+    def spread(self, names: Sequence[str]) -> list[Schedule]:
+        places = self._places(names)
+        turns = {place: turn for turn, place in enumerate(sorted(set(places)))}
+        return [self._turn(turns[place], len(turns)) for place in places]
+
+    def _places(self, names: Sequence[str]) -> list[int]:
+        """Where each layer stands in the order; those of one number fade together."""
+        if self.order is Order.FIRST_TO_LAST:
+            return list(range(len(names)))
+        if self.order is Order.LAST_TO_FIRST:
+            return list(range(len(names)))[::-1]
+        patterns = list(enumerate(self.order))
+        return [
+            next((n for n, pattern in patterns if fnmatch.fnmatchcase(name, pattern)), len(patterns)) for name in names
+        ]
+
+    def _turn(self, number: int, count: int) -> Fade:
+        begin, length = self.begin, self.end - self.begin
+        each = length / (1 + (count - 1) * (1 - self.overlap))
+        shift = number * each * (1 - self.overlap)
+        # A fade takes a step at least, also where there are more layers than steps.
+        start = min(round(shift), length - 1)
+        steps = max(round(shift + each) - start, 1)
+        return dataclasses.replace(self.schedule, start=begin + start, steps=steps)
+
+
+@dataclass(frozen=True)
+class Adaptive(Schedule):
+    """A schedule whose clock runs slower while the compressed weights are far from their originals.
+
+    Every few optimizer steps the gap of the layers that it drives is measured (as `Transition.gap` does), and while it
+    is above `limit` the schedule's own clock runs at `speed`. As late as the deadline allows it runs at full speed
+    again, so that the value is 0 at the deadline whatever was measured. What was decided is part of the transition's
+    state. Called by itself it is the schedule when the gap is never above the limit.
+
+    Args:
+        schedule: what is slowed down; any schedule but another adaptive one.
+        limit: the gap above which it is slow: the mean over weights of |g(W) - W| / |W|, above 0.
+        deadline: the optimizer step at which the value is 0 at the latest, or a share of the training.
+        speed: of its clock while the gap is above the limit, in [0, 1); 0 stops it.
+        every: optimizer steps between two measurements, each of which compresses every weight once.
+
+    Raises:
+        ConfigError: a value is out of range, or the deadline is before the schedule's end.
+
+    >>> Adaptive(LinearSchedule(steps=100), limit=0.3, deadline=200).end
+    200
+    """
+
+    schedule: Schedule
+    _: KW_ONLY
+    limit: Annotated[float, Field(gt=0, description="the gap above which the schedule is slow, above 0")]
+    deadline: Annotated[
+        Annotated[int, Field(ge=1)] | Share,
+        Field(description=f"the optimizer step at which the value is 0 at the latest, at least 1, {_OR_SHARE}"),
+    ]
+    speed: Annotated[
+        float, Field(ge=0, lt=1, description="the clock's speed while the gap is above the limit, in [0, 1)")
+    ] = 0.25
+    every: Annotated[int, Field(ge=1, description="a number of optimizer steps, at least 1")] = 10
+
+    def check(self) -> None:
+        if isinstance(self.schedule, Adaptive):
+            raise ConfigError("Adaptive(Adaptive(...)): one of them is enough. Drop the other.")
+        if self.schedule.is_relative and not isinstance(self.deadline, str):
+            raise ConfigError(
+                f"Adaptive(deadline={self.deadline}): its schedule is a share of the training and its deadline a "
+                f"number of steps. Give a share as well."
+            )
+        if not self.is_relative and self.end < self.schedule.end:
+            raise ConfigError(
+                f"Adaptive(deadline={self.deadline}): its schedule takes until optimizer step {self.schedule.end}. "
+                f"Give a later deadline, or a shorter schedule."
+            )
+
+    @property
+    def begin(self) -> int:
+        return self.schedule.begin
+
+    @property
+    def end(self) -> int:
+        return _known(self.deadline)
+
+    @property
+    def is_relative(self) -> bool:
+        return isinstance(self.deadline, str)
+
+    def resolved(self, length: int) -> Self:
+        deadline = round(_exact(self.deadline, length))
+        return dataclasses.replace(self, schedule=self.schedule.resolved(length), deadline=deadline)
+
+    def spread(self, names: Sequence[str]) -> list[Schedule]:
+        return self.schedule.spread(names)
+
+    def problems(self, names: Sequence[str]) -> list[str]:
+        return self.schedule.problems(names)
+
+    def shape(self, progress: float) -> float:
+        # Rounded, as the share of a whole step must give that step back.
+        return self.schedule(round(self.begin + progress * (self.end - self.begin), 6))
+
+    def clock(self, step: int, slow_steps: int) -> float:
+        """Return what the schedule's own clock shows.
+
+        Args:
+            step: optimizer steps done.
+            slow_steps: how many of them it went at the lower speed.
+        """
+        return step - min((1.0 - self.speed) * slow_steps, self.end - self.schedule.end)
 
 
 def _exact(steps: int | str, length: int) -> float:

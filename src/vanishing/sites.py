@@ -7,17 +7,20 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vanishing.blend import (
     Blend,
     BlendedBlock,
     BlendedWeight,
     blended_weights,
+    compressed_in_turn,
+    grid_in_turn,
     install_blended_weight,
     remove_blended_weight,
 )
 from vanishing.compressors import BlockCompressor, CompressedWeight, Compressor
+from vanishing.compressors.chain import Chain
 from vanishing.compressors.low_rank import LowRankWeight
 from vanishing.compressors.structured import TakenUnits
 from vanishing.distributed import whole
@@ -44,6 +47,11 @@ class Site(ABC):
     blend: Blend
     compressor: Compressor
 
+    @property
+    def stages(self) -> list[list[Blend]]:
+        """The blends that have one beta: one list, or one for each technique of a chain that fade by themselves."""
+        return [[self.blend]]
+
     @abstractmethod
     def install(self, places: Places) -> None:
         """Change the model."""
@@ -61,8 +69,8 @@ class Site(ABC):
         """Leave the compressed form in the model; return what was done, by module name."""
 
     @abstractmethod
-    def forms(self) -> Iterator[CompressedWeight]:
-        """Yield every compressed weight of the site."""
+    def forms(self, stage: int) -> Iterator[CompressedWeight]:
+        """Yield every compressed weight of a stage."""
 
     @property
     @abstractmethod
@@ -82,7 +90,7 @@ class Site(ABC):
     @property
     def idle_parameters(self) -> list[nn.Parameter]:
         """The parameters of the form that has no part in what is computed now."""
-        if not self.blend.fading:
+        if self.blend.beta == 0.0:
             return self.replaced_parameters
         return self.new_parameters if self.blend.beta == 1.0 else []
 
@@ -92,15 +100,22 @@ class WeightSite(Site):
 
     blend: BlendedWeight
 
-    def __init__(self, planned: PlannedWeight, *, ramped: bool) -> None:
+    def __init__(self, planned: PlannedWeight, *, ramped: bool, in_turn: bool) -> None:
         self.name = planned.names[0]
         self.rule = planned.rule
         self.compressor = planned.compressor
         self.planned = planned
         weight = planned.layer.weight
         assert isinstance(weight, nn.Parameter)
-        self.blend = BlendedWeight(planned.compressor.form(planned.layer, ramped=ramped))
-        self.blend.to(weight.device)
+        if in_turn:
+            assert isinstance(planned.compressor, Chain)
+            self._stage_count = len(planned.compressor.compressors)
+            forms = planned.compressor.forms_in_turn(planned.layer, ramped=ramped)
+        else:
+            self._stage_count = 1
+            forms = [planned.compressor.form(planned.layer, ramped=ramped)]
+        self._blends = [BlendedWeight(form).to(weight.device) for form in forms]
+        self.blend = self._blends[0]
         self._orders = [tuple(module._parameters) for module, _ in planned.owners]
         first = planned.layer.module
         self._before = (sum(p.numel() for p in first.parameters(recurse=False)), _bytes(first))
@@ -110,21 +125,49 @@ class WeightSite(Site):
         """The latent weight; asked for anew, as loading and casting may put another parameter in its place."""
         return _latent_weight(*self.planned.owners[0])
 
+    @property
+    def stages(self) -> list[list[Blend]]:
+        form = self.blend.form
+        if self._stage_count == 1:
+            return [[self.blend]]
+        if isinstance(form, LowRankWeight):
+            # Asked for anew, as loading another rank makes new ones.
+            factors = zip(*(blends for blends, _ in form.factor_blends().values()), strict=True)
+            return [[self.blend], *(list(blends) for blends in factors)]
+        return [[blend] for blend in self._blends]
+
     @torch.no_grad()
     def gap(self) -> float:
         """Return the distance of the compressed weight from the latent one, as a share of the latter's norm."""
         weight = whole(self.weight)
-        distance = (self.blend.form.compress(weight) - weight).norm()
+        distance = (compressed_in_turn(self._blends, weight) - weight).norm()
         return float(distance / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny))
 
     def _weights(self) -> list[nn.Parameter]:
         """The latent weight of every owner: one parameter, unless something has untied them."""
         return [_latent_weight(module, name) for module, name in self.planned.owners]
 
-    def forms(self) -> Iterator[CompressedWeight]:
-        for module in self.blend.modules():
-            if isinstance(module, CompressedWeight):
-                yield module
+    def forms(self, stage: int) -> Iterator[CompressedWeight]:
+        if self._stage_count > 1 and isinstance(self.blend.form, LowRankWeight) and stage == 0:
+            # Those on its factors are of other stages.
+            yield self.blend.form
+            return
+        for blend in self.stages[stage]:
+            for module in blend.modules():
+                if isinstance(module, CompressedWeight):
+                    yield module
+
+    def selected(self, stage: int) -> list[tuple[CompressedWeight, Tensor]]:
+        """Return the forms that a technique renews after a step, each with its latent weight.
+
+        Only a mask is kept between steps, and it comes first on its weight: it is selected on the latent one.
+        """
+        if stage == 0:
+            return [(self.blend.form, self.weight.detach())]
+        form = self.blend.form
+        if stage > 1 or not isinstance(form, LowRankWeight):
+            return []
+        return [(blends[0].form, weight.detach()) for blends, weight in form.factor_blends().values()]
 
     @property
     def original_parameters(self) -> list[nn.Parameter]:
@@ -133,7 +176,7 @@ class WeightSite(Site):
     @property
     def new_parameters(self) -> list[nn.Parameter]:
         shared = {id(p) for module, _ in self.planned.owners for p in module._parameters.values()}
-        return [p for p in self.blend.parameters() if id(p) not in shared]
+        return [p for blend in self._blends for p in blend.parameters() if id(p) not in shared]
 
     @property
     def replaced_parameters(self) -> list[nn.Parameter]:
@@ -141,7 +184,7 @@ class WeightSite(Site):
 
     def install(self, places: Places) -> None:
         for module, name in self.planned.owners:
-            install_blended_weight(module, name, self.blend)
+            install_blended_weight(module, name, self._blends)
 
     def remove(self, places: Places) -> None:
         for (module, name), order in zip(self.planned.owners, self._orders, strict=True):
@@ -170,7 +213,7 @@ class WeightSite(Site):
         form, layer = self.blend.form, self.planned.layer
         if isinstance(form, LowRankWeight):
             blends = form.factor_blends().items()
-            grids = {f"{path}.weight": g for path, (blend, w) in blends if (g := blend.form.grid(w))}
+            grids = {f"{path}.weight": g for path, (each, w) in blends if (g := grid_in_turn(each, w))}
             plain = form.plain_layers(layer.module)
             _make_factors_plain(plain)
             plain.keep_bias(getattr(layer.module, "bias", None))
@@ -178,10 +221,10 @@ class WeightSite(Site):
             places.put(layer.module, plain)
             structure = "factored"
         else:
-            grid = form.grid(self.weight)
+            grid = grid_in_turn(self._blends, self.weight)
             grids = {name: grid for _, name in self.planned.owners} if grid else {}
             # Adding zero turns the -0 of a pruned negative weight into the 0 that the file gives back.
-            final = form.compress(self.weight) + 0.0
+            final = compressed_in_turn(self._blends, self.weight) + 0.0
             self.remove(places)
             for weight in self._weights():
                 weight.copy_(final)
@@ -193,8 +236,8 @@ class WeightSite(Site):
 class StructureSite(WeightSite):
     """The weight that takes units up, blended in weight space, and the layers that make them."""
 
-    def __init__(self, planned: PlannedWeight, *, ramped: bool) -> None:
-        super().__init__(planned, ramped=ramped)
+    def __init__(self, planned: PlannedWeight, *, ramped: bool, in_turn: bool) -> None:
+        super().__init__(planned, ramped=ramped, in_turn=in_turn)
         assert planned.layer.group is not None
         self.group = planned.layer.group
         layers = {part.name: part.layer for part in self.group.parts}
@@ -245,7 +288,7 @@ class BlockSite(Site):
             assert isinstance(self.compressor, BlockCompressor)
             self.compressor.calibrate(self.blend.replacement, self._observer)
 
-    def forms(self) -> Iterator[CompressedWeight]:
+    def forms(self, stage: int) -> Iterator[CompressedWeight]:
         return iter(())
 
     @property
@@ -288,10 +331,10 @@ def _latent_weight(module: nn.Module, name: str) -> nn.Parameter:
     return cast(nn.Parameter, holder._parameters[name])
 
 
-def build_weight_site(planned: PlannedWeight, *, ramped: bool) -> WeightSite:
-    """Return the place of a weight."""
+def build_weight_site(planned: PlannedWeight, *, ramped: bool, in_turn: bool) -> WeightSite:
+    """Return the place of a weight, with a beta for all of a chain or for each technique of it (`in_turn`)."""
     site = WeightSite if planned.layer.group is None else StructureSite
-    return site(planned, ramped=ramped)
+    return site(planned, ramped=ramped, in_turn=in_turn)
 
 
 def build_block_sites(plan: Plan) -> list[BlockSite]:
@@ -307,9 +350,9 @@ def build_block_sites(plan: Plan) -> list[BlockSite]:
 
 def _make_factors_plain(plain: Factored) -> None:
     for layer in plain.thin_layers().values():
-        for name, blend in list(blended_weights(layer)):
+        for name, blends in list(blended_weights(layer)):
             weight = layer.parametrizations[name].original  # type: ignore[index,union-attr]
-            final = blend.form.compress(weight) + 0.0
+            final = compressed_in_turn(blends, weight) + 0.0
             remove_blended_weight(layer, name, (name, "bias"))
             weight.copy_(final)
 

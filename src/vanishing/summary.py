@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vanishing.blend import BlendedBlock, blended_weights
+from vanishing.blend import BlendedBlock, blended_weights, compressed_in_turn, grid_in_turn
 from vanishing.encodings import encode
 from vanishing.inputs import call
 from vanishing.layers import Factored, LayerKind, Split, find_kind
@@ -180,12 +180,13 @@ def _final_tensors(
         yield from ((p.detach(), None, id(p)) for p in module.replacement.parameters())
         return
     blends = dict(blended_weights(module))
-    factors = next((b.form.factored for b in blends.values() if b.form.factored is not None), None)
+    factors = next((b[0].form.factored for b in blends.values() if b[0].form.factored is not None), None)
     for factor in () if factors is None else factors.thin_layers().values():
         yield from _final_tensors(factor, True, layer, {})
-    for name, blend in blends.items() if factors is None else ():
+    for name, stages in blends.items() if factors is None else ():
         original = module.parametrizations[name].original  # type: ignore[index,union-attr]
-        yield blend.form.compress(original).detach() + 0.0, blend.form.grid(original.detach()), id(original)
+        grid = grid_in_turn(stages, original.detach())
+        yield compressed_in_turn(stages, original).detach() + 0.0, grid, id(original)
     for name, parameter in module.named_parameters(recurse=whole):
         if not name.startswith("parametrizations."):
             yield parameter.detach(), grids.get(join(layer, name)), id(parameter)
@@ -222,7 +223,7 @@ def _factors(module: nn.Module) -> Factored | None:
     """The plain layers that take a layer's place, or have taken it; None where it stays."""
     if isinstance(module, Factored):
         return module
-    return next((f for _, blend in blended_weights(module) if (f := blend.form.factored) is not None), None)
+    return next((f for _, (blend, *_) in blended_weights(module) if (f := blend.form.factored) is not None), None)
 
 
 def _products(module: nn.Module, passes: Passes) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,8 +15,9 @@ from torch.optim import Optimizer
 
 from vanishing.batchnorm import reestimate_batchnorm, tried_out
 from vanishing.calibration import Calibration, calibrate
-from vanishing.compressors import Compressor, Moment, WeightCompressor
-from vanishing.distributed import is_distributed, is_sharded
+from vanishing.compressors import Chain, Compressor, Moment, WeightCompressor
+from vanishing.distributed import agreed, is_distributed, is_sharded
+from vanishing.drives import Drive, make_drives
 from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import RecipeError, TransitionError
 from vanishing.inputs import call
@@ -25,7 +27,7 @@ from vanishing.plan import Plan, make_plan
 from vanishing.random_state import random_state_restored_on_error
 from vanishing.receipt import FinishedLayer, Receipt, extend_receipt
 from vanishing.recipe import Recipe
-from vanishing.schedules import LinearSchedule, Schedule
+from vanishing.schedules import Adaptive, LinearSchedule, Schedule
 from vanishing.sites import Site, StructureSite, WeightSite, build_block_sites, build_weight_site
 
 _WHOLE_MODEL_TOLERANCE = 1e-4
@@ -118,7 +120,8 @@ def _begun(
     example_inputs: Any,
 ) -> Transition:
     ramps = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
-    weights = [build_weight_site(w, ramped=ramps[w.rule] is not None) for w in plan.weights]
+    in_turn = [bool(rule.schedules) for _, rule in recipe.rules]
+    weights = [build_weight_site(w, ramped=ramps[w.rule] is not None, in_turn=in_turn[w.rule]) for w in plan.weights]
     transition = Transition(model, recipe, [*weights, *blocks], example_inputs)
     transition._begin(optimizer)
     return transition
@@ -139,7 +142,7 @@ def _resolve_recipe(recipe: Recipe | Compressor, steps: int | str | None, ignore
 class Transition:
     """What `prepare` changed in a model, and the clock that drives it: the number of optimizer steps.
 
-    Its state is that one number; beta follows from it in closed form.
+    Its state is that one number, and where a schedule is adaptive what it has decided; beta follows in closed form.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, sites: list[Site], example_inputs: Any) -> None:
@@ -149,6 +152,8 @@ class Transition:
         self._example_inputs = example_inputs
         self._step = 0
         self._override: float | None = None
+        places = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+        self._in_model_order = sorted(sites, key=lambda site: places[site.name])
         # At the first step the length of the training makes no difference.
         self._set_schedules(recipe.resolved(_ANY_LENGTH))
         self._ended: str | None = None
@@ -167,17 +172,39 @@ class Transition:
 
     @property
     def beta(self) -> float:
-        """The original's share at this step by the recipe's schedule (a rule may have its own)."""
-        return self._schedule(self._step)
+        """The original's share at this step by the recipe's schedule (a rule may have its own, see `betas`).
+
+        Where that schedule has layers fade one after another it is the largest of their shares.
+        """
+        return self._last_beta if self._ended is not None else self._drives[0][0].largest(self._step)
+
+    @property
+    def betas(self) -> dict[str, tuple[float, ...]]:
+        """The original's share in each layer or block at this step, by full name.
+
+        Several where the techniques of a chain have schedules of their own, in their order; empty at the end.
+        """
+        found: dict[str, tuple[float, ...]] = {}
+        for group in self._drives:
+            # Layers of one name have one beta, and drives of a group are in the order of the techniques.
+            by_stage = [
+                {site.name: beta for (site, _), beta in zip(drive.targets, drive.betas(self._step), strict=True)}
+                for drive in group
+            ]
+            found |= {name: tuple(betas[name] for betas in by_stage) for name in by_stage[0]}
+        return {site.name: found[site.name] for site in self._in_model_order}
 
     @property
     def end(self) -> int:
-        """The first optimizer step at which every schedule and every ramp is over."""
+        """The first optimizer step at which every schedule and every ramp is over.
+
+        Until it is over an adaptive schedule counts as if it took until its deadline.
+        """
         if self._ended is not None:
             return self._last_end
-        used = {site.rule for site in self._sites}
-        schedules = [s for number in used for s in (self._betas[number], self._ramps[number]) if s is not None]
-        return max((s.end for s in schedules), default=0)
+        ramps = [ramp for number in {site.rule for site in self._sites} if (ramp := self._ramps[number]) is not None]
+        drives = [drive for group in self._drives for drive in group if drive.targets]
+        return max((*(drive.end(self._step) for drive in drives), *(ramp.end for ramp in ramps)), default=0)
 
     def set_length(self, steps: int) -> None:
         """Give the training's length, which schedules such as `LinearSchedule(steps="40%")` are a share of.
@@ -189,7 +216,7 @@ class Transition:
 
         Raises:
             TransitionError: the transition is over, or is under way with another length.
-            ValueError: a length below 1.
+            ValueError: a length below 1, or one with which an adaptive schedule's deadline is too early.
         """
         self._require_active()
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -226,9 +253,7 @@ class Transition:
             TransitionError: the transition is over.
         """
         self._require_active()
-        weights = [site for site in self._sites if isinstance(site, WeightSite)]
-        gaps = [site.gap() for site in weights if not any(is_sharded(p) for p in site.new_parameters)]
-        return sum(gaps) / len(gaps) if gaps else None
+        return self._gap(self._sites)
 
     def step(self) -> None:
         """Move the clock by one; to be called once after each optimizer step.
@@ -240,6 +265,9 @@ class Transition:
 
     def seek(self, step: int) -> None:
         """Set the clock to a number of optimizer steps done, as a training framework counts them.
+
+        To the next step it is the same as `step`. A jump measures nothing: an adaptive schedule has the value there
+        that follows from what it has decided so far, and full speed where it has decided nothing.
 
         Raises:
             TransitionError: the transition is over, or the optimizer was made before `prepare`.
@@ -271,11 +299,13 @@ class Transition:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: the optimizer steps done, and the recipe to compare with.
+        """Return the state: the optimizer steps done, what adaptive schedules have decided, and the recipe to compare.
 
         With the model's and the optimizer's own state it gives an exact resume.
         """
-        return {"steps_done": self._step, "recipe": json.dumps(self.recipe.to_dict())}
+        state = {"steps_done": self._step, "recipe": json.dumps(self.recipe.to_dict())}
+        slow = [[list(span) for span in drive.slow] for drive in self._adaptive()]
+        return state | ({"slow": slow} if slow else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the clock to where `state_dict` was taken; masks and factors come with the model's own state.
@@ -284,7 +314,7 @@ class Transition:
             TransitionError: the state is of another recipe, or no state of a transition.
         """
         self._require_active()
-        known = isinstance(state, Mapping) and set(state) == {"steps_done", "recipe"}
+        known = isinstance(state, Mapping) and set(state) - {"slow"} == {"steps_done", "recipe"}
         if not known or not isinstance(state["steps_done"], int) or state["steps_done"] < 0:
             got = dict(state) if isinstance(state, Mapping) else state
             raise TransitionError(f"expected a transition's state with steps_done and recipe, got {got!r:.200}.")
@@ -294,6 +324,8 @@ class Transition:
                 f"the state was saved with another recipe, {state['recipe']}. Prepare the model with that one to "
                 f"resume; where a schedule is a share of the training, train for as long as before."
             )
+        for drive, slow in zip(self._adaptive(), state.get("slow", ()), strict=True):
+            drive.slow = [(start, stop) for start, stop in slow]
         self._step = state["steps_done"]
         self._set_strengths()
         self._set_betas()
@@ -338,7 +370,7 @@ class Transition:
         with self._overridden(0.0):
             batches = None if recalibrate is None else tried_out(self.model, recalibrate)
         if not self.done:
-            self._move(self.end)
+            self._move(self.end, decide=False)
         with self._overridden(0.0):
             for site in self._sites:
                 site.check()
@@ -429,11 +461,28 @@ class Transition:
         return {id(p) for module in outside for p in module.parameters(recurse=False)}
 
     def _set_schedules(self, recipe: Recipe) -> None:
-        self._schedule = recipe.schedule
-        self._betas: list[Schedule] = [rule.schedule or recipe.schedule for _, rule in recipe.rules]
+        self._drives = make_drives(recipe, self._in_model_order)
+        drives = [(target, drive) for group in self._drives for drive in group for target in drive.targets]
+        self._driven_by = {(site.rule, stage): drive for (site, stage), drive in drives}
         self._ramps: list[Schedule | None] = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
 
-    def _move(self, step: int) -> None:
+    def _adaptive(self) -> list[Drive]:
+        return [drive for group in self._drives for drive in group if isinstance(drive.schedule, Adaptive)]
+
+    def _gap(self, sites: Iterable[Site]) -> float | None:
+        # A factor's weight, on which another technique fades, is measured as it will be.
+        with self._overridden(0.0):
+            weights = [site for site in sites if isinstance(site, WeightSite)]
+            gaps = [site.gap() for site in weights if not any(is_sharded(p) for p in site.new_parameters)]
+        return sum(gaps) / len(gaps) if gaps else None
+
+    def _measure(self, drive: Drive) -> float | None:
+        """The gap of what a schedule drives, one for all processes."""
+        gap = self._gap(dict.fromkeys(site for site, _ in drive.targets))
+        weights = (site.weight for site, _ in drive.targets if isinstance(site, WeightSite))
+        return None if gap is None else agreed(gap, next(weights).device)
+
+    def _move(self, step: int, *, decide: bool = True) -> None:
         self._require_active()
         self._require_length()
         self._check_optimizers()
@@ -444,26 +493,35 @@ class Transition:
             self._set_strengths()
         self._set_betas()
         self._update(arriving=abs(step - previous) > 1, previous=previous)
+        if decide and step == previous + 1:
+            for drive in self._adaptive():
+                drive.decide(step, functools.partial(self._measure, drive))
 
-    def _strengths(self, step: int) -> list[tuple[float, bool]]:
-        """Of each rule at a step: how much of its technique is applied, and whether fade and ramp are over."""
+    def _strengths(self, step: int) -> dict[tuple[int, int], tuple[float, bool]]:
+        """Of each stage of each rule at a step: how much of it is applied, and whether fade and ramp are over."""
         ramped = [1.0 if ramp is None else 1.0 - ramp(step) for ramp in self._ramps]
-        return [(strength, self._is_settled(rule, step)) for rule, strength in enumerate(ramped)]
+        return {(rule, stage): (ramped[rule], self._is_settled(rule, stage, step)) for rule, stage in self._driven_by}
 
     def _set_strengths(self) -> None:
         strengths = self._strengths(self._step)
         for site in self._sites:
-            for form in site.forms():
-                form.strength, form.settled = strengths[site.rule]
+            for stage in range(len(site.stages)):
+                for form in site.forms(stage):
+                    form.strength, form.settled = strengths[site.rule, stage]
 
     def _set_betas(self) -> None:
-        betas = [schedule(self._step) if self._override is None else self._override for schedule in self._betas]
-        for site in self._sites:
-            site.blend.set_beta(betas[site.rule])
+        for group in self._drives:
+            # Compiled graphs of a group run its originals until the last of them is gone.
+            fading = self._override != 0.0 and not all(drive.is_over(self._step) for drive in group)
+            fading = fading or self._override == 1.0
+            for drive in group:
+                for (site, stage), beta in zip(drive.targets, drive.betas(self._step), strict=True):
+                    for blend in site.stages[stage]:
+                        blend.set_beta(beta if self._override is None else self._override, fading=fading)
 
-    def _is_settled(self, rule: int, step: int) -> bool:
+    def _is_settled(self, rule: int, stage: int, step: int) -> bool:
         ramp = self._ramps[rule]
-        return step >= self._betas[rule].end and (ramp is None or step >= ramp.end)
+        return self._driven_by[rule, stage].is_over(step) and (ramp is None or step >= ramp.end)
 
     @torch.no_grad()
     def _update(self, *, arriving: bool, previous: int | None = None) -> None:
@@ -471,13 +529,20 @@ class Transition:
             sites = [s for s in self._sites if s.rule == number and isinstance(s, WeightSite)]
             if not sites or not isinstance(rule.compressor, WeightCompressor):
                 continue
-            settled = self._is_settled(number, self._step)
-            was_settled = previous is not None and self._is_settled(number, previous)
-            just_settled = settled and previous is not None and not was_settled
-            forms = [s.blend.form for s in sites]
-            weights = [s.weight.detach() for s in sites]
-            moment = Moment(self._step, arriving or just_settled, settled, was_settled)
-            rule.compressor.update(forms, weights, moment)
+            stages = (
+                rule.compressor.compressors
+                if rule.schedules and isinstance(rule.compressor, Chain)
+                else (rule.compressor,)
+            )
+            for stage, compressor in enumerate(stages):
+                selected = [pair for site in sites for pair in site.selected(stage)]
+                if not selected:
+                    continue
+                settled = self._is_settled(number, stage, self._step)
+                was_settled = previous is not None and self._is_settled(number, stage, previous)
+                just_settled = settled and previous is not None and not was_settled
+                moment = Moment(self._step, arriving or just_settled, settled, was_settled)
+                compressor.update([form for form, _ in selected], [weight for _, weight in selected], moment)
 
     @contextlib.contextmanager
     def _overridden(self, beta: float) -> Iterator[None]:
@@ -503,8 +568,8 @@ class Transition:
             raise TransitionError(f"this transition was {self._ended}. Call prepare again for another one.")
 
     def _close(self, how: str) -> None:
-        self._last_end = self.end
-        self._sites = []
+        self._last_end, self._last_beta = self.end, self.beta
+        self._sites, self._in_model_order, self._drives, self._driven_by = [], [], [], {}
         self._ended = how
         self._optimizers.close()
 

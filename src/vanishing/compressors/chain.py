@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,14 +97,25 @@ class Chain(WeightCompressor):
                 *(_form_after_another(c, layer, ramped) for c in self.compressors[1:]),
             ]
             return ChainedWeight(layer.layout, [cast(ProjectedWeight, part) for part in parts])
-        return LowRankWeight(first, layer, ramped=ramped, on_factors=rest)
+        return LowRankWeight(first, layer, ramped=ramped, on_factors=functools.partial(_as_one, rest))
+
+    def forms_in_turn(self, layer: LayerView, *, ramped: bool) -> list[CompressedWeight]:
+        """Return the forms of which each acts on what the one before gives, so that each can fade by itself.
+
+        After low rank there is one: the others are on its factors.
+        """
+        first, rest = self.compressors[0], self._rest()
+        if isinstance(first, LowRank):
+            return [LowRankWeight(first, layer, ramped=ramped, on_factors=functools.partial(_in_turn, rest))]
+        others = [_form_after_another(c, layer, ramped) for c in self.compressors[1:]]
+        return [first.form(layer, ramped=ramped), *(KeepingZeros(cast(ProjectedWeight, each)) for each in others)]
 
     def update(self, forms: Sequence[CompressedWeight], weights: Sequence[Tensor], moment: Moment) -> None:
         first, rest = self.compressors[0], self._rest()
         if isinstance(first, LowRank):
             factors = [pair for form in forms for pair in cast(LowRankWeight, form).factor_blends().values()]
             first.update(forms, weights, moment)
-            rest.update([blend.form for blend, _ in factors], [weight for _, weight in factors], moment)
+            rest.update([blend.form for (blend, *_), _ in factors], [weight for _, weight in factors], moment)
             return
         # Only a mask is kept between steps, and the mask comes first: it is selected on the latent weight.
         first.update([cast(ProjectedWeight, cast(ChainedWeight, f).parts[0]) for f in forms], weights, moment)
@@ -117,6 +129,37 @@ def _form_after_another(compressor: WeightCompressor, layer: LayerView, ramped: 
     if isinstance(compressor, Binary) or (isinstance(compressor, Quantization) and compressor.bits == 1):
         return SignsOfKept(compressor, layer.layout)
     return compressor.form(layer, ramped=ramped)
+
+
+def _as_one(compressor: WeightCompressor, factor: LayerView) -> list[CompressedWeight]:
+    return [compressor.form(factor, ramped=False)]
+
+
+def _in_turn(compressor: WeightCompressor, factor: LayerView) -> list[CompressedWeight]:
+    if isinstance(compressor, Chain):
+        return compressor.forms_in_turn(factor, ramped=False)
+    return _as_one(compressor, factor)
+
+
+class KeepingZeros(ProjectedWeight):
+    """A projection that leaves zeros as they are, also where a quantizer or a codebook has no zero.
+
+    Args:
+        part: the projection.
+    """
+
+    def __init__(self, part: ProjectedWeight) -> None:
+        super().__init__(part.layout)
+        self.part = part
+
+    def project(self, matrix: Tensor) -> Tensor:
+        return self.part.project(matrix).mul_(matrix.ne(0).to(matrix.dtype))
+
+    def inside(self, matrix: Tensor) -> Tensor | None:
+        return self.part.inside(matrix)
+
+    def matrix_grid(self, matrix: Tensor) -> Grid | None:
+        return self.part.matrix_grid(matrix)
 
 
 class ChainedWeight(ProjectedWeight):

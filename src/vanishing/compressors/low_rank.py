@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, cast
 
@@ -223,6 +223,9 @@ def tucker(weight: Tensor, rank: int, inner_rank: int) -> tuple[Tensor, Tensor, 
     return outer, inner, torch.einsum("oik,os,ir->srk", weight, outer, inner)
 
 
+OnFactor = Callable[[LayerView], list[CompressedWeight]]
+
+
 class LowRankWeight(CompressedWeight):
     """Two plain layers whose weights multiply to the compressed weight.
 
@@ -230,13 +233,14 @@ class LowRankWeight(CompressedWeight):
         compressor: the technique.
         layer: the weight that the factors start from.
         ramped: whether the factors start at full rank and lose components as the strength grows.
-        on_factors: a technique on both factors, fully faded in from the start.
+        on_factors: a factor -> the forms that act on it in turn; they are fully faded in from the start, but where
+            schedules of their own say otherwise.
     """
 
     shares_weight = False
 
     def __init__(
-        self, compressor: LowRank, layer: LayerView, *, ramped: bool, on_factors: WeightCompressor | None = None
+        self, compressor: LowRank, layer: LayerView, *, ramped: bool, on_factors: OnFactor | None = None
     ) -> None:
         super().__init__()
         self.split = compressor.split_of(layer)
@@ -339,34 +343,38 @@ class LowRankWeight(CompressedWeight):
     def change_ranks(self, *ranks: int) -> None:
         """Make factors of other ranks, without values; their parameters keep their identity."""
         before, bias = dict(self.factors.named_parameters()), self.factors.bias
+        blends = [blends for blends, _ in self.factor_blends().values()]
         self.factors = self._make_factors(ranks).train(self.factors.training)
         self.factors.borrow_bias(bias)
         self._compress_factors()
+        for old, (new, _) in zip(blends, self.factor_blends().values(), strict=True):
+            for one, other in zip(old, new, strict=True):
+                other.set_beta(one.beta, fading=one.fading)
         for name, parameter in list(self.factors.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             before[name].data = parameter.data
             self.factors.get_submodule(owner)._parameters[leaf] = before[name]
 
-    def factor_blends(self) -> dict[str, tuple[BlendedWeight, Tensor]]:
-        """Return the blends of the technique on the factors, with the latent weight of each, by the factor's path."""
+    def factor_blends(self) -> dict[str, tuple[list[BlendedWeight], Tensor]]:
+        """Return the blends that act on each factor in turn, with its latent weight, by the factor's path."""
         factors: dict[str, Any] = {
             path: thin for path, thin in self.factors.thin_layers().items() if parametrize.is_parametrized(thin)
         }
         lists = {path: thin.parametrizations["weight"] for path, thin in factors.items()}
-        return {path: (each[0], each.original) for path, each in lists.items()}
+        return {path: (list(each), each.original) for path, each in lists.items()}
 
     def _compress_factors(self) -> None:
         if self._on_factors is None:
             return
         for thin in self.factors.thin_layers().values():
             layer = layer_view(thin, "weight")
-            form = self._on_factors.form(layer, ramped=False)
-            for part in form.modules():
-                if isinstance(part, CompressedWeight):
-                    part.strength, part.settled = self.strength, self.settled
-            blend = BlendedWeight(form).to(layer.weight.device)
-            blend.set_beta(0.0)
-            parametrize.register_parametrization(thin, "weight", blend, unsafe=True)
+            for form in self._on_factors(layer):
+                for part in form.modules():
+                    if isinstance(part, CompressedWeight):
+                        part.strength, part.settled = self.strength, self.settled
+                blend = BlendedWeight(form).to(layer.weight.device)
+                blend.set_beta(0.0, fading=False)
+                parametrize.register_parametrization(thin, "weight", blend, unsafe=True)
 
     def _left(self) -> Tensor:
         return self.factors.left * self.get_buffer("kept_components") if self.ramped else self.factors.left
