@@ -24,11 +24,14 @@ from vanishing.layers import Split
 from vanishing.memory import MemoryEstimate, estimate_memory
 from vanishing.recipe import Recipe, Rule
 from vanishing.schedules import (
+    Adaptive,
     CosineSchedule,
     ExponentialSchedule,
     LinearSchedule,
+    Order,
     PolynomialSchedule,
     SigmoidSchedule,
+    Staggered,
     StepSchedule,
 )
 from vanishing.serialization import load, save
@@ -54,6 +57,9 @@ __all__ = [
     "ExponentialSchedule",
     "SigmoidSchedule",
     "StepSchedule",
+    "Staggered",
+    "Order",
+    "Adaptive",
     "PerTensor",
     "PerChannel",
     "PerGroup",

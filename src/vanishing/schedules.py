@@ -14,7 +14,7 @@ from typing import Annotated, Self
 from pydantic import Field, StringConstraints
 
 from vanishing.config import Config
-from vanishing.errors import TransitionError
+from vanishing.errors import ConfigError, TransitionError
 
 Share = Annotated[str, StringConstraints(pattern=r"^(100|[0-9]{1,2}(\.[0-9]+)?)%$")]
 """A share of a training's optimizer steps, as in "40%"."""
@@ -201,8 +201,7 @@ class StepSchedule(Schedule):
         return _known(self.at)
 
     def shape(self, progress: float) -> float:
-        # Only an adaptive clock shows a part of a step.
-        return 1.0
+        raise AssertionError("a step has no interior")
 
 
 class Order(Enum):
@@ -313,7 +312,7 @@ class Adaptive(Schedule):
     state. Called by itself it is the schedule when the gap is never above the limit.
 
     Args:
-        schedule: what is slowed down; any schedule but another adaptive one.
+        schedule: what is slowed down: a fade, or layers that fade one after another.
         limit: the gap above which it is slow: the mean over weights of |g(W) - W| / |W|, above 0.
         deadline: the optimizer step at which the value is 0 at the latest, or a share of the training.
         speed: of its clock while the gap is above the limit, in [0, 1); 0 stops it.
@@ -326,7 +325,7 @@ class Adaptive(Schedule):
     200
     """
 
-    schedule: Schedule
+    schedule: Fade | Staggered
     _: KW_ONLY
     limit: Annotated[float, Field(gt=0, description="the gap above which the schedule is slow, above 0")]
     deadline: Annotated[
@@ -339,8 +338,6 @@ class Adaptive(Schedule):
     every: Annotated[int, Field(ge=1, description="a number of optimizer steps, at least 1")] = 10
 
     def check(self) -> None:
-        if isinstance(self.schedule, Adaptive):
-            raise ConfigError("Adaptive(Adaptive(...)): one of them is enough. Drop the other.")
         if self.schedule.is_relative and not isinstance(self.deadline, str):
             raise ConfigError(
                 f"Adaptive(deadline={self.deadline}): its schedule is a share of the training and its deadline a "
@@ -375,8 +372,7 @@ class Adaptive(Schedule):
         return self.schedule.problems(names)
 
     def shape(self, progress: float) -> float:
-        # Rounded, as the share of a whole step must give that step back.
-        return self.schedule(round(self.begin + progress * (self.end - self.begin), 6))
+        return self.schedule(self.begin + progress * (self.end - self.begin))
 
     def clock(self, step: int, slow_steps: int) -> float:
         """Return what the schedule's own clock shows.

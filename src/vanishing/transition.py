@@ -324,8 +324,9 @@ class Transition:
                 f"the state was saved with another recipe, {state['recipe']}. Prepare the model with that one to "
                 f"resume; where a schedule is a share of the training, train for as long as before."
             )
-        for drive, slow in zip(self._adaptive(), state.get("slow", ()), strict=True):
-            drive.slow = [(start, stop) for start, stop in slow]
+        decided = _decided(state.get("slow", []), len(self._adaptive()))
+        for drive, slow in zip(self._adaptive(), decided, strict=True):
+            drive.slow = slow
         self._step = state["steps_done"]
         self._set_strengths()
         self._set_betas()
@@ -644,6 +645,20 @@ class Transition:
 def _merged(first: FinishedLayer, second: FinishedLayer) -> FinishedLayer:
     grids = first.grids | second.grids
     return FinishedLayer(first.compressor, first.structure, first.parameters_before, first.bytes_before, grids)
+
+
+def _decided(slow: Any, count: int) -> list[list[tuple[int, int]]]:
+    """The slow spans of each adaptive schedule, as a state has them."""
+    try:
+        spans = [[(int(start), int(stop)) for start, stop in each] for each in slow]
+    except (TypeError, ValueError):
+        spans = []
+    if len(spans) != count:
+        raise TransitionError(
+            f"the state must hold what its adaptive schedules have decided, the spans of {count} of them in slow, got "
+            f"{slow!r:.200}. Take it from Transition.state_dict."
+        )
+    return spans
 
 
 def _called_weakly(method: Callable[[], None]) -> Callable[[], None]:
