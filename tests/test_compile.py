@@ -8,15 +8,19 @@ from torch import nn
 
 import vanishing
 from vanishing import (
+    Adaptive,
     Binary,
     Gradient,
     LinearSchedule,
     LowRank,
     MagnitudePruning,
+    Order,
     PerGroup,
     Quantization,
     Recipe,
     Replace,
+    Rule,
+    Staggered,
     Ternary,
 )
 
@@ -31,6 +35,19 @@ COMPRESSORS: dict[str, vanishing.Compressor] = {
     "low_rank": LowRank(rank=2),
     "pruned_binary": MagnitudePruning(0.5) | Binary(),
     "low_rank_8_bits": LowRank(rank=2) | Quantization(bits=8),
+}
+FADE = LinearSchedule(steps=5)
+SCHEDULES: dict[str, Recipe] = {
+    "staggered": Recipe({"*": MagnitudePruning(0.5)}, schedule=Staggered(FADE)),
+    "staggered_factors": Recipe({"*": LowRank(rank=2)}, schedule=Staggered(FADE, order=Order.LAST_TO_FIRST)),
+    "adaptive": Recipe({"*": Binary()}, schedule=Adaptive(Staggered(FADE), limit=0.01, deadline=8, every=2)),
+    "chain": Recipe(
+        {"*": Rule(MagnitudePruning(0.5) | Binary(), schedules=(FADE, LinearSchedule(start=2, steps=5)))}, schedule=FADE
+    ),
+    "chain_on_factors": Recipe(
+        {"*": Rule(LowRank(rank=2) | MagnitudePruning(0.5), schedules=(FADE, LinearSchedule(start=2, steps=5)))},
+        schedule=FADE,
+    ),
 }
 
 
@@ -47,13 +64,14 @@ class Model(nn.Module):
 
 
 def run(
-    compressor: vanishing.Compressor, key: str, dtype: torch.dtype, compiled: bool
+    compressor: vanishing.Compressor | Recipe, key: str, dtype: torch.dtype, compiled: bool
 ) -> tuple[list[torch.Tensor], int]:
     """Outputs and losses over a whole transition, and how many graphs were traced."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Model().to(dtype)
-    transition = vanishing.prepare(model, Recipe({key: compressor}, schedule=LinearSchedule(steps=5)))
+    recipe = compressor if isinstance(compressor, Recipe) else Recipe({key: compressor}, schedule=LinearSchedule(steps=5))
+    transition = vanishing.prepare(model, recipe)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     torch._dynamo.utils.counters.clear()
@@ -84,6 +102,39 @@ def test_a_transition_is_two_graphs_and_computes_the_same(name: str) -> None:
     tolerance = 1e-2 if "bits" in name else 1e-6
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_betas_that_move_at_other_times_in_every_layer_are_two_graphs(name: str) -> None:
+    expected, _ = run(SCHEDULES[name], "*", torch.float64, compiled=False)
+    got, graphs = run(SCHEDULES[name], "*", torch.float64, compiled=True)
+    assert graphs == 2
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+class Masked(nn.Module):
+    """Scores of which some are masked with minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scores(x).masked_fill(torch.tensor([False, True, False]), -torch.inf)
+
+
+def test_a_compiled_block_with_infinite_outputs_is_blended_at_both_ends() -> None:
+    model = nn.Sequential(Masked(), nn.Softmax(1), nn.Linear(3, 2))
+    rules = {"0": Replace(lambda _: Masked(), name="masked anew"), "2": Binary()}
+    transition = vanishing.prepare(model, Recipe(rules, schedule=Staggered(FADE)))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for step in range(6):
+        transition.seek(step)
+        x = torch.randn(4, 4)
+        torch.testing.assert_close(compiled(x), model(x))
+        compiled(x).sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def narrow(block: nn.Module) -> nn.Module:

@@ -176,7 +176,7 @@ class MaskedWeight(ProjectedWeight):
 
     def inside(self, matrix: Tensor) -> Tensor | None:
         # A weight under a frozen mask will never count again: its gradient would only swell the gradient's norm.
-        frozen = self.settled and self.compressor.freeze
+        frozen = self.compressor.freeze and self.settled
         return self.mask if frozen or self.compressor.gradient is Gradient.EXACT else None
 
     def matrix_grid(self, matrix: Tensor) -> Grid | None:
