@@ -36,12 +36,15 @@ from vanishing.layers import Split
 from vanishing.patterns import Glob, OfType, Regex, Where
 from vanishing.recipe import Rule
 from vanishing.schedules import (
+    Adaptive,
     CosineSchedule,
     ExponentialSchedule,
     LinearSchedule,
+    Order,
     PolynomialSchedule,
     Schedule,
     SigmoidSchedule,
+    Staggered,
     StepSchedule,
 )
 
@@ -59,6 +62,11 @@ EXAMPLES: list[Config] = [
     ExponentialSchedule(steps=10, rate=0.1),
     SigmoidSchedule(steps=10, steepness=7),
     StepSchedule(at=0),
+    Staggered(LinearSchedule(steps=10)),
+    Staggered(CosineSchedule(steps="40%"), order=Order.LAST_TO_FIRST, overlap=0.5),
+    Staggered(LinearSchedule(steps=10), order=("*.head", "*")),
+    Adaptive(Staggered(LinearSchedule(steps=10)), limit=0.5, deadline=20, speed=0, every=1),
+    Adaptive(LinearSchedule(steps="40%"), limit=0.5, deadline="80%"),
     MagnitudePruning(sparsity=0.5, score=Score.WANDA, granularity=PerChannel()),
     LowRank(ratio=0.5, split=Split.TUCKER),
     LowRank(rank=4, whitened=True),
@@ -92,6 +100,7 @@ EXAMPLES: list[Config] = [
     Regex(r"layers\.\d+"),
     OfType("torch.nn.modules.linear.Linear"),
     Rule(Binary()),
+    Rule(MagnitudePruning(0.5) | Binary(), schedules=(LinearSchedule(steps=2), StepSchedule(at=4))),
     Rule(LowRank(rank=2), schedule=StepSchedule(at=0), ramp=PolynomialSchedule(steps=9)),
 ]
 each_example = pytest.mark.parametrize("config", EXAMPLES, ids=repr)
@@ -166,7 +175,7 @@ def test_base_classes_are_no_kinds() -> None:
     [
         (Compressor, {"kind": "magnitude_prunning"}, ["'magnitude_prunning'", "Compressor", "'magnitude_pruning'"]),
         (Schedule, {"kind": "linear"}, ["'linear'", "Schedule", "linear_schedule"]),
-        (Schedule, {"kind": "zzz"}, ["'zzz'", "Known: cosine_schedule, exponential_schedule", "imported"]),
+        (Schedule, {"kind": "zzz"}, ["'zzz'", "Known: adaptive, cosine_schedule, exponential_schedule", "imported"]),
         (Schedule, {"kind": "low_rank", "rank": 3}, ["'low_rank' is not a known Schedule"]),
         (LowRank, {"kind": "binary"}, ["'binary' is not a known LowRank"]),
         (Schedule, {"steps": 3}, ["expected a mapping with `kind` for a Schedule", "{'steps': 3}"]),

@@ -13,13 +13,16 @@ from pydantic import Field
 from vanishing.config import Config, concrete_kinds
 from vanishing.errors import ConfigError, TransitionError, VanishingError
 from vanishing.schedules import (
+    Adaptive,
     CosineSchedule,
     ExponentialSchedule,
     Fade,
     LinearSchedule,
+    Order,
     PolynomialSchedule,
     Schedule,
     SigmoidSchedule,
+    Staggered,
     StepSchedule,
 )
 
@@ -32,9 +35,22 @@ FADES: dict[type[Fade], st.SearchStrategy[Fade]] = {
     ExponentialSchedule: st.builds(ExponentialSchedule, steps=LENGTHS, start=STARTS, rate=st.floats(0.01, 500)),
     SigmoidSchedule: st.builds(SigmoidSchedule, steps=LENGTHS, start=STARTS, steepness=st.floats(0.01, 500)),
 }
+STAGGERED = st.builds(
+    Staggered, st.one_of(list(FADES.values())), order=st.sampled_from([*Order, ("*.1", "*")]), overlap=st.floats(0, 0.99)
+)
+ADAPTIVE = st.one_of(STAGGERED, *FADES.values()).flatmap(
+    lambda inner: st.builds(
+        Adaptive,
+        st.just(inner),
+        limit=st.floats(1e-3, 10),
+        deadline=st.integers(inner.end, 2 * inner.end),
+        speed=st.floats(0, 0.99),
+        every=st.integers(1, 100),
+    )
+)
 STEP = st.builds(StepSchedule, at=st.integers(0, 10**6))
 ANY_FADE = st.one_of(list(FADES.values()))
-ANY = st.one_of(ANY_FADE, STEP)
+ANY = st.one_of(ANY_FADE, STEP, STAGGERED, ADAPTIVE)
 
 
 def textbook(schedule: Fade, x: float) -> float:
@@ -60,7 +76,7 @@ def textbook(schedule: Fade, x: float) -> float:
 
 def test_every_schedule_has_its_laws_tested_here() -> None:
     shipped = {kind for kind in concrete_kinds(Schedule) if kind.__module__ == "vanishing.schedules"}
-    assert shipped == {*FADES, StepSchedule}
+    assert shipped == {*FADES, StepSchedule, Staggered, Adaptive}
 
 
 @pytest.mark.parametrize("kind", FADES, ids=lambda kind: kind.__name__)

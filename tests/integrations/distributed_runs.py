@@ -19,7 +19,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import vanishing
-from vanishing import Binary, Compressor, LinearSchedule, LowRank, MagnitudePruning, Replace, Score, TransitionError
+from vanishing import (
+    Adaptive,
+    Binary,
+    Compressor,
+    LinearSchedule,
+    LowRank,
+    MagnitudePruning,
+    Replace,
+    Rule,
+    Score,
+    Staggered,
+    TransitionError,
+)
 from vanishing.integrations.fsdp import finish_gathered
 
 STEPS, BATCH = 10, 8
@@ -48,7 +60,7 @@ def narrow(block: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(16, 4), nn.GELU(), nn.Linear(4, 16))
 
 
-TECHNIQUES: dict[str, dict[Any, Compressor]] = {
+TECHNIQUES: dict[str, dict[Any, Compressor | Rule]] = {
     "pruning": {"*": MagnitudePruning(0.5)},
     "binary": {"*": Binary()},
     "low_rank": {"*.feed_forward.*": LowRank(rank=2)},
@@ -57,6 +69,13 @@ TECHNIQUES: dict[str, dict[Any, Compressor]] = {
         "*.feed_forward.2": LowRank(rank=2, whitened=True),
     },
     "replace": {"*.feed_forward": Replace(narrow, name="narrow of distributed runs")},
+    "staggered": {"*": Rule(MagnitudePruning(0.5), schedule=Staggered(SCHEDULE))},
+    "adaptive": {"*": Rule(Binary(), schedule=Adaptive(LinearSchedule(steps=3), limit=0.01, deadline=6, every=1))},
+    "chain": {
+        "*.feed_forward.*": Rule(
+            LowRank(rank=2) | MagnitudePruning(0.5), schedules=(SCHEDULE, LinearSchedule(start=3, steps=3))
+        )
+    },
 }
 
 

@@ -23,7 +23,16 @@ from transformers import (
 )
 
 import vanishing
-from vanishing import LowRank, MagnitudePruning, Transition, TransitionError
+from vanishing import (
+    Adaptive,
+    LinearSchedule,
+    LowRank,
+    MagnitudePruning,
+    Recipe,
+    Staggered,
+    Transition,
+    TransitionError,
+)
 from vanishing.integrations.transformers import TransitionCallback, last_complete_checkpoint
 
 EXAMPLES, BATCH, EPOCHS = 48, 4, 2
@@ -175,6 +184,29 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(technique: Any,
     assert expected.keys() == resumed.state_dict().keys()
     for name, value in resumed.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("stop", [5, 13])
+def test_what_an_adaptive_schedule_decided_is_in_the_checkpoint(stop: int, tmp_path: Path) -> None:
+    def begun() -> tuple[Any, Transition]:
+        model = bert()
+        slow = Adaptive(Staggered(LinearSchedule(steps="40%")), limit=0.2, deadline="80%", every=2)
+        return model, vanishing.prepare(model, Recipe({"*": MagnitudePruning(0.5)}, schedule=slow, ignore="classifier"))
+
+    whole, transition = begun()
+    watch = BetaAtEachStep(transition)
+    trainer_for(tmp_path / "whole", whole, transition, (watch,), save_strategy="steps", save_steps=stop).train()
+    # It was slower than its schedule, which takes 40 % of the steps, and yet over by the deadline.
+    assert watch.betas[round(0.4 * STEPS)] > 0.0 == watch.betas[round(0.8 * STEPS) - 1]
+    transition.finish()
+    resumed, transition = begun()
+    again = BetaAtEachStep(transition)
+    run = trainer_for(tmp_path / "resumed", resumed, transition, (again,))
+    run.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    assert again.betas == watch.betas[stop:]
+    transition.finish()
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
 
 
 def test_tied_weights_that_are_compressed_together_are_in_the_checkpoint_once(tmp_path: Path) -> None:
