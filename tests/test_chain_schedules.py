@@ -92,7 +92,9 @@ def test_at_the_end_it_is_the_chain_and_nothing_of_the_original_is_left(kind: st
     # A chain with one beta, and the same weights and masks.
     together = vanishing.prepare(plain.build(1), plain.recipe(CHAINS[name], schedule=StepSchedule(at=0))).model
     known = together.state_dict().keys()
-    state = {k if k in known else "form.parts.0.".join(k.rsplit("form.", 1)): v for k, v in run.model.state_dict().items()}
+    state = {
+        k if k in known else "form.parts.0.".join(k.rsplit("form.", 1)): v for k, v in run.model.state_dict().items()
+    }
     together.load_state_dict(state)
     expected = run.outputs()
     assert same(outputs(together, run.layer.batch(99)), expected)
@@ -118,9 +120,7 @@ def test_each_technique_blends_what_the_ones_before_leave() -> None:
     layer = nn.Linear(12, 6, bias=False)
     weight = layer.weight.detach().clone()
     chain = MagnitudePruning(0.5) | Quantization(bits=3, granularity=vanishing.PerTensor())
-    transition = vanishing.prepare(
-        nn.Sequential(layer), Recipe({"*": rule(chain)}, schedule=LinearSchedule(steps=1))
-    )
+    transition = vanishing.prepare(nn.Sequential(layer), Recipe({"*": rule(chain)}, schedule=LinearSchedule(steps=1)))
     for step in range(END):
         transition.seek(step)
         first, second = (window(step) for window in WINDOWS[:2])

@@ -70,7 +70,9 @@ def run(
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Model().to(dtype)
-    recipe = compressor if isinstance(compressor, Recipe) else Recipe({key: compressor}, schedule=LinearSchedule(steps=5))
+    recipe = (
+        compressor if isinstance(compressor, Recipe) else Recipe({key: compressor}, schedule=LinearSchedule(steps=5))
+    )
     transition = vanishing.prepare(model, recipe)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = torch.compile(model, backend="eager", fullgraph=True) if compiled else model

@@ -77,7 +77,7 @@ def test_layers_fade_one_after_another_within_the_length_of_the_schedule() -> No
 
 def test_beta_is_the_largest_share_of_what_the_recipes_schedule_drives() -> None:
     model = build()
-    rules = {"0": Rule(Binary(), schedule=LinearSchedule(steps=100)), "*": Binary()}
+    rules: dict[str, Any] = {"0": Rule(Binary(), schedule=LinearSchedule(steps=100)), "*": Binary()}
     transition = vanishing.prepare(model, Recipe(rules, schedule=Staggered(FADE)))
     transition.seek(6)
     assert transition.betas == {"0": (0.94,), "2": (0.0,), "4": (1.0,)}
@@ -132,7 +132,7 @@ def test_every_layer_has_a_fade_inside_of_the_whole_one(
 
 def test_a_staggered_rule_and_others_are_composed() -> None:
     model = build()
-    rules = {
+    rules: dict[str, Any] = {
         "[02]": Rule(LowRank(rank=2), schedule=Staggered(FADE)),
         "4": Rule(Replace(lambda _: nn.Linear(8, 4), name="other"), schedule=StepSchedule(at=3)),
     }
@@ -145,7 +145,7 @@ def test_a_staggered_rule_and_others_are_composed() -> None:
 
 def test_shares_of_a_training_are_staggered_and_slowed_down() -> None:
     share = Adaptive(Staggered(LinearSchedule(steps="60%")), limit=0.1, deadline="90%")
-    model, transition = prepared(share)
+    _, transition = prepared(share)
     assert transition.recipe.is_relative
     transition.set_length(20)
     assert transition.recipe.schedule == Adaptive(Staggered(LinearSchedule(steps=12)), limit=0.1, deadline=18)
@@ -180,7 +180,7 @@ def test_an_adaptive_schedule_that_is_never_slow_is_the_one_inside_of_it() -> No
 
 @pytest.mark.parametrize("speed", [0.0, 0.25, 0.5])
 @pytest.mark.parametrize("inner", [FADE, CosineSchedule(start=2, steps=10), Staggered(FADE)])
-def test_no_gap_however_large_moves_the_end_past_the_deadline(inner: Schedule, speed: float) -> None:
+def test_no_gap_however_large_moves_the_end_past_the_deadline(inner: Any, speed: float) -> None:
     _, transition = prepared(Adaptive(inner, limit=1e-9, deadline=20, speed=speed, every=3))
     before = [1.0] * 3
     for _ in range(20):
@@ -195,7 +195,8 @@ def test_no_gap_however_large_moves_the_end_past_the_deadline(inner: Schedule, s
 
 def test_the_clock_of_a_slow_schedule_is_slow_only_while_the_gap_is_large() -> None:
     model, transition = prepared(Adaptive(FADE, limit=0.4, deadline=40, speed=0.5, every=4), MagnitudePruning(0.5))
-    latents: list[Any] = [layer.parametrizations.weight.original for layer in (model[0], model[2], model[4])]
+    layers: list[Any] = [model[0], model[2], model[4]]
+    latents = [layer.parametrizations.weight.original for layer in layers]
     values: list[Tensor] = [latent.detach().clone() for latent in latents]
 
     def set_gap(factor: float) -> None:
@@ -276,7 +277,8 @@ def test_a_state_of_an_adaptive_schedule_must_hold_what_it_decided() -> None:
     _, transition = prepared(adaptive())
     state = transition.state_dict()
     assert state.keys() == {"steps_done", "recipe", "slow"}
-    for wrong in ({}, {"slow": []}, {"slow": [[[1]]]}, {"slow": [[["a", 2]]]}, {"slow": 3}):
+    wrongs: list[dict[str, Any]] = [{}, {"slow": []}, {"slow": [[[1]]]}, {"slow": [[["a", 2]]]}, {"slow": 3}]
+    for wrong in wrongs:
         broken = {name: value for name, value in state.items() if name != "slow"} | wrong
         with pytest.raises(vanishing.TransitionError, match="what its adaptive schedules have decided"):
             transition.load_state_dict(broken)
@@ -294,13 +296,13 @@ def test_the_gap_of_replaced_blocks_cannot_slow_a_schedule() -> None:
     ("make", "words"),
     [
         (lambda: Staggered(FADE, order=()), "names no layer"),
-        (lambda: Staggered(FADE, order="0"), "order is 'first to last', 'last to first' or a list"),
+        (lambda: Staggered(FADE, order="0"), "order is 'first to last', 'last to first' or a list"),  # type: ignore[arg-type]
         (lambda: Staggered(FADE, overlap=1.0), r"in \[0, 1\)"),
-        (lambda: Staggered(StepSchedule(at=1)), "expected Fade, got StepSchedule"),
+        (lambda: Staggered(StepSchedule(at=1)), "expected Fade, got StepSchedule"),  # type: ignore[arg-type]
         (lambda: Adaptive(FADE, limit=0.0, deadline=12), "above 0"),
         (lambda: Adaptive(FADE, limit=1, deadline=11), "takes until optimizer step 12. Give a later deadline"),
         (lambda: Adaptive(LinearSchedule(steps="4%"), limit=1, deadline=11), "Give a share as well"),
-        (lambda: Adaptive(adaptive(), limit=1, deadline=11), "expected Fade or Staggered, got Adaptive"),
+        (lambda: Adaptive(adaptive(), limit=1, deadline=11), "expected Fade or Staggered, got Adaptive"),  # type: ignore[arg-type]
         (lambda: Adaptive(FADE, limit=1, deadline="50%").resolved(20), "until optimizer step 12"),
         (lambda: Recipe({"*": Binary()}, schedule=FADE, ramp=Staggered(FADE)), "Staggered cannot be one"),
         (lambda: Rule(Binary(), ramp=adaptive()), "Adaptive cannot be one"),

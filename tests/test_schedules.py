@@ -36,7 +36,10 @@ FADES: dict[type[Fade], st.SearchStrategy[Fade]] = {
     SigmoidSchedule: st.builds(SigmoidSchedule, steps=LENGTHS, start=STARTS, steepness=st.floats(0.01, 500)),
 }
 STAGGERED = st.builds(
-    Staggered, st.one_of(list(FADES.values())), order=st.sampled_from([*Order, ("*.1", "*")]), overlap=st.floats(0, 0.99)
+    Staggered,
+    st.one_of(list(FADES.values())),
+    order=st.sampled_from([*Order, ("*.1", "*")]),
+    overlap=st.floats(0, 0.99),
 )
 ADAPTIVE = st.one_of(STAGGERED, *FADES.values()).flatmap(
     lambda inner: st.builds(

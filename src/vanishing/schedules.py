@@ -267,8 +267,11 @@ class Staggered(Schedule):
     def problems(self, names: Sequence[str]) -> list[str]:
         if isinstance(self.order, Order):
             return []
-        unmatched = [name for name in self.order if not fnmatch.filter(names, name)]
-        problems = [f"Staggered: its order names {name!r}, but it drives no such layer. Correct it." for name in unmatched]
+        problems = [
+            f"Staggered: its order names {pattern!r}, but it drives no such layer. Correct it."
+            for pattern in self.order
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names)
+        ]
         left = [name for name, place in zip(names, self._places(names), strict=True) if place == len(self.order)]
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
