@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vanishing.auxiliary import AuxiliaryLoss
 from vanishing.batchnorm import reestimate_batchnorm, tried_out
 from vanishing.calibration import Calibration, calibrate
 from vanishing.compressors import Compressor, Moment, WeightCompressor
@@ -27,6 +28,7 @@ from vanishing.receipt import FinishedLayer, Receipt, extend_receipt
 from vanishing.recipe import Recipe
 from vanishing.schedules import LinearSchedule, Schedule
 from vanishing.sites import Site, StructureSite, WeightSite, build_block_sites, build_weight_site
+from vanishing.teacher import FrozenOriginal
 
 _WHOLE_MODEL_TOLERANCE = 1e-4
 _ANY_LENGTH = 10**9
@@ -153,6 +155,7 @@ class Transition:
         self._set_schedules(recipe.resolved(_ANY_LENGTH))
         self._ended: str | None = None
         self._frozen: list[nn.Parameter] = []
+        self._auxiliary: AuxiliaryLoss | None = None
         self._relative = recipe
         # A weak method, as the hook of the watch lives as long as the watch.
         self._optimizers = OptimizerWatch(_called_weakly(self._drop_idle_gradients))
@@ -264,27 +267,41 @@ class Transition:
             yield self.model
 
     def auxiliary_loss(self) -> Tensor:
-        """Return the loss to add to the task's own: a scalar, 0 for techniques that ask for none."""
+        """Return the loss to add to the task's own, a scalar: what the recipe's `distillation` asks for.
+
+        It is that of the last forward pass in training mode, over the mean of its batch, and its graph is that of the
+        pass: call it after the pass and before `backward`. Without distillation, in evaluation mode or without
+        gradients, and once the transition is over it is 0. A teacher runs in here, under autocast if this is called
+        under it.
+
+        Raises:
+            TransitionError: there was no forward pass of the whole model in training mode, or the model's outputs have
+                nothing that a teacher's can be compared with.
+        """
+        if self._auxiliary is not None:
+            return self._auxiliary.value()
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         return torch.zeros((), device=device)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: the optimizer steps done, and the recipe to compare with.
+        """Return the state: the optimizer steps done, and the recipe and the teacher's fingerprint to compare with.
 
         With the model's and the optimizer's own state it gives an exact resume.
         """
-        return {"steps_done": self._step, "recipe": json.dumps(self.recipe.to_dict())}
+        state = {"steps_done": self._step, "recipe": json.dumps(self.recipe.to_dict())}
+        return state | ({} if self._teacher is None else {"teacher": self._teacher.fingerprint})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the clock to where `state_dict` was taken; masks and factors come with the model's own state.
 
         Raises:
-            TransitionError: the state is of another recipe, or no state of a transition.
+            TransitionError: the state is of another recipe or of another original that is the teacher, or no state of a
+                transition.
         """
         self._require_active()
-        known = isinstance(state, Mapping) and set(state) == {"steps_done", "recipe"}
+        known = isinstance(state, Mapping) and set(state) - {"teacher"} == {"steps_done", "recipe"}
         if not known or not isinstance(state["steps_done"], int) or state["steps_done"] < 0:
             got = dict(state) if isinstance(state, Mapping) else state
             raise TransitionError(f"expected a transition's state with steps_done and recipe, got {got!r:.200}.")
@@ -293,6 +310,11 @@ class Transition:
             raise TransitionError(
                 f"the state was saved with another recipe, {state['recipe']}. Prepare the model with that one to "
                 f"resume; where a schedule is a share of the training, train for as long as before."
+            )
+        if self._teacher is not None and state.get("teacher", self._teacher.fingerprint) != self._teacher.fingerprint:
+            raise TransitionError(
+                "the state was saved with another teacher: that is the model as it is given to prepare. To resume, build "
+                "it with the original weights that it had then, call prepare, and load the states after that."
             )
         self._step = state["steps_done"]
         self._set_strengths()
@@ -371,13 +393,17 @@ class Transition:
     def _begin(self, optimizer: Optimizer | None) -> None:
         with contextlib.ExitStack() as undo:
             undo.callback(self._close, "refused")
+            if self.recipe.freeze_original:
+                undo.callback(self._thaw_originals)
+                self._freeze_originals()
+            auxiliary = AuxiliaryLoss(self.model, self.recipe, self._sites)
             places = Places(self.model)
             for site in self._sites:
                 site.install(places)
                 undo.callback(site.remove, places)
-            if self.recipe.freeze_original:
-                self._freeze_originals()
-                undo.callback(self._thaw_originals)
+            auxiliary.attach()
+            self._auxiliary = auxiliary
+            undo.callback(auxiliary.detach)
             self._set_strengths()
             self._set_betas()
             self._update(arriving=True)
@@ -391,6 +417,10 @@ class Transition:
             names = {id(p): name for name, p in self.model.named_parameters()}
             for site in self._sites:
                 join(optimizer, site.original_parameters, {names[id(p)]: p for p in site.new_parameters})
+
+    @property
+    def _teacher(self) -> FrozenOriginal | None:
+        return None if self._auxiliary is None else self._auxiliary.teacher
 
     def _freeze_originals(self) -> None:
         """Stop training what only original forms have.
@@ -460,6 +490,8 @@ class Transition:
         betas = [schedule(self._step) if self._override is None else self._override for schedule in self._betas]
         for site in self._sites:
             site.blend.set_beta(betas[site.rule])
+        if self._auxiliary is not None:
+            self._auxiliary.set_step(self._step)
 
     def _is_settled(self, rule: int, step: int) -> bool:
         ramp = self._ramps[rule]
@@ -504,7 +536,9 @@ class Transition:
 
     def _close(self, how: str) -> None:
         self._last_end = self.end
-        self._sites = []
+        if self._auxiliary is not None:
+            self._auxiliary.detach()
+        self._sites, self._auxiliary = [], None
         self._ended = how
         self._optimizers.close()
 
