@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vanishing.blend import BlendedWeight, Comparison, Form
-from vanishing.distillation import LocalLoss, Teacher, relative_distance, sum_of
+from vanishing.distillation import Distillation, LocalLoss, Teacher, relative_distance, sum_of
 from vanishing.errors import TransitionError
 from vanishing.inputs import evaluation
-from vanishing.recipe import Recipe
 from vanishing.sites import Site, WeightSite
 from vanishing.teacher import FrozenOriginal, find_features
 
@@ -38,11 +37,11 @@ class AuxiliaryLoss:
 
     Args:
         model: the original.
-        recipe: the recipe.
+        distillation: what the recipe asks for.
         sites: where the forms meet.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, sites: Sequence[Site]) -> None:
+    def __init__(self, model: nn.Module, distillation: Sequence[Distillation], sites: Sequence[Site]) -> None:
         self._model = model
         self._sites = sites
         self._last = _LastPass()
@@ -50,7 +49,7 @@ class AuxiliaryLoss:
         self._local: LocalLoss | None = None
         self._comparison: Comparison | None = None
         self.teacher: FrozenOriginal | None = None
-        for each in recipe.distillation:
+        for each in distillation:
             if isinstance(each, LocalLoss):
                 # One throughout: a compiled graph is of these functions.
                 self._local, self._comparison = each, _comparison(model, self._last, each.weight)

@@ -18,6 +18,7 @@ from vanishing.calibration import Calibration, calibrate
 from vanishing.compressors import Compressor, Moment, WeightCompressor
 from vanishing.distributed import is_distributed, is_sharded
 from vanishing.equality import difference_beyond_rounding
+from vanishing.distillation import Distillation
 from vanishing.errors import RecipeError, TransitionError
 from vanishing.inputs import call
 from vanishing.optimizers import OptimizerWatch, exchange, held_ids, join, leave, unheld_problems
@@ -96,19 +97,19 @@ def prepare(
             calibrate(model, observed, given)
             for block in blocks:
                 block.calibrate()
-        return _begun(model, plan, resolved, blocks, optimizer, example_inputs)
+        return _begun(model, plan, resolved, blocks, optimizer, example_inputs, distillation=resolved.distillation)
 
 
 def prepare_for_state(model: nn.Module, recipe: Recipe) -> Transition:
     """Change a model as `prepare` does, for a state of a calibrated model in transition that is then loaded into it.
 
-    No batches are needed: what techniques took from them is in the state.
+    No batches are needed: what techniques took from them is in the state. It has no teacher: it is not trained.
     """
     plan = make_plan(model, recipe)
     with random_state_restored_on_error():
         blocks = build_block_sites(plan)
         plan.check()
-        return _begun(model, plan, recipe, blocks, None, None)
+        return _begun(model, plan, recipe, blocks, None, None, distillation=())
 
 
 def _begun(
@@ -118,11 +119,13 @@ def _begun(
     blocks: Sequence[Site],
     optimizer: Optimizer | None,
     example_inputs: Any,
+    *,
+    distillation: Sequence[Distillation],
 ) -> Transition:
     ramps = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
     weights = [build_weight_site(w, ramped=ramps[w.rule] is not None) for w in plan.weights]
     transition = Transition(model, recipe, [*weights, *blocks], example_inputs)
-    transition._begin(optimizer)
+    transition._begin(optimizer, distillation)
     return transition
 
 
@@ -390,13 +393,13 @@ class Transition:
 
     # Inside
 
-    def _begin(self, optimizer: Optimizer | None) -> None:
+    def _begin(self, optimizer: Optimizer | None, distillation: Sequence[Distillation]) -> None:
         with contextlib.ExitStack() as undo:
             undo.callback(self._close, "refused")
             if self.recipe.freeze_original:
                 undo.callback(self._thaw_originals)
                 self._freeze_originals()
-            auxiliary = AuxiliaryLoss(self.model, self.recipe, self._sites)
+            auxiliary = AuxiliaryLoss(self.model, distillation, self._sites)
             places = Places(self.model)
             for site in self._sites:
                 site.install(places)
