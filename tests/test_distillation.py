@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ from vanishing import (
 )
 from vanishing.distillation import Distillation
 from vanishing.errors import ConfigError
+from vanishing.receipt import read_receipt
 
 FADE = LinearSchedule(steps=4)
 
@@ -106,7 +108,7 @@ def test_the_local_loss_of_layers_is_the_textbooks_with_its_gradients(
     for layer in model:
         if isinstance(layer, nn.Linear):
             latent, blend = layer.parametrizations.weight.original, layer.parametrizations.weight[0]  # type: ignore[index,union-attr]
-            compressed = linear(hidden, blend.form.compress(latent), layer.bias)  # type: ignore[union-attr,arg-type]
+            compressed = linear(hidden, blend.form.compress(latent), layer.bias)  # type: ignore[union-attr]
             total = total + reference.local_loss(linear(hidden, latent, layer.bias), compressed)  # type: ignore[arg-type]
         hidden = layer(hidden)
     torch.testing.assert_close(got, 0.7 * total)
@@ -160,7 +162,7 @@ def test_every_kind_of_layer_has_a_local_loss(layer: str) -> None:
     run = PAIRS[layer, "pruned"].prepare()
     recipe = run.transition.recipe
     run.transition.cancel()
-    transition = prepared(run.model, {p: r for p, r in recipe.rules}, LocalLoss(), step=2)
+    transition = prepared(run.model, dict(recipe.rules), LocalLoss(), step=2)
     run.model(*run.layer.batch())
     loss = transition.auxiliary_loss()
     assert loss.isfinite()
@@ -310,7 +312,7 @@ def test_the_teacher_is_no_part_of_the_model() -> None:
 def test_nothing_is_left_at_the_end(end: str) -> None:
     model = network()
     transition = prepared(model, {"0": LowRank(rank=2), "2": Binary()}, Teacher(features=("0", "1")), LocalLoss())
-    teacher = weakref.ref(transition._teacher)  # type: ignore[arg-type]
+    teacher = weakref.ref(transition._teacher)
     model(inputs())
     transition.auxiliary_loss()
     transition.finish(force=True) if end == "finish" else transition.cancel()
@@ -441,9 +443,7 @@ def test_tokens_that_do_not_count_are_left_out(
 
 def test_features_of_padding_do_not_count() -> None:
     model, original = bert(BertForMaskedLM), bert(BertForMaskedLM).eval()
-    transition = prepared(
-        model, {"*.layer*": Binary()}, Teacher(logits=0, features=("bert.encoder.layer.?",)), step=2
-    )
+    transition = prepared(model, {"*.layer*": Binary()}, Teacher(logits=0, features=("bert.encoder.layer.?",)), step=2)
     found, wanted = (
         each(input_ids=TOKENS, attention_mask=ATTENDED, output_hidden_states=True).hidden_states
         for each in (model, original)
@@ -571,9 +571,23 @@ def test_another_teacher_is_refused() -> None:
     transition.step()
     state = transition.state_dict()
     _, other = distilled(seed=1)
-    with pytest.raises(TransitionError, match="saved with another teacher.*build it with the original weights"):
+    with pytest.raises(TransitionError, match=r"saved with another teacher.*build it with the original weights"):
         other.load_state_dict(state)
     assert other.steps_done == 0
+
+
+def test_a_finished_model_is_saved_and_loaded_with_its_recipe(tmp_path: Path) -> None:
+    model = mlp()
+    transition = prepared(model, {"*": LowRank(rank=2)}, LocalLoss(), Teacher(features=("0",)))
+    transition.seek(4)
+    transition.finish()
+    vanishing.save(model, tmp_path / "small")
+    loaded = vanishing.load(tmp_path / "small", mlp())
+    assert torch.equal(loaded(batch()), model(batch()))
+    assert not [name for name in loaded.state_dict() if "teacher" in name]
+    receipt = read_receipt(loaded)
+    assert receipt is not None
+    assert receipt.recipe == transition.recipe
 
 
 # Recomputed activations

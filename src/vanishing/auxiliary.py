@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +17,34 @@ from vanishing.sites import Site, WeightSite
 from vanishing.teacher import FrozenOriginal, find_features
 
 
-class _LastPass:
-    """What the last forward pass in training left: it is compared with the original's only if somebody asks."""
+class _Pass:
+    """What one forward pass leaves: it is compared with the original's only if somebody asks."""
 
-    def __init__(self) -> None:
-        self.is_under_way = False
-        self.call: tuple[tuple[Any, ...], Mapping[str, Any], Any] | None = None
+    def __init__(self, versions: dict[int, int]) -> None:
+        self.versions = versions
         self.distances: list[Tensor] = []
         self.features: dict[str, list[Any]] = {}
-        self.versions: dict[int, int] = {}
+        self.call: tuple[Any, ...] | None = None
+        """Arguments, keywords and output."""
         self.loss: Tensor | None = None
+
+
+class _Passes:
+    """The last forward pass in training; every one has an object of its own, so that a compiled graph reads no other.
+
+    Attributes:
+        last: None before the first.
+        is_under_way: whether the model is in it now.
+    """
+
+    def __init__(self) -> None:
+        self.last: _Pass | None = None
+        self.is_under_way = False
+
+    @property
+    def current(self) -> _Pass | None:
+        """The pass that is under way."""
+        return self.last if self.is_under_way else None
 
 
 class AuxiliaryLoss:
@@ -44,7 +62,7 @@ class AuxiliaryLoss:
     def __init__(self, model: nn.Module, distillation: Sequence[Distillation], sites: Sequence[Site]) -> None:
         self._model = model
         self._sites = sites
-        self._last = _LastPass()
+        self._passes = _Passes()
         self._handles: list[RemovableHandle] = []
         self._local: LocalLoss | None = None
         self._comparison: Comparison | None = None
@@ -52,7 +70,7 @@ class AuxiliaryLoss:
         for each in distillation:
             if isinstance(each, LocalLoss):
                 # One throughout: a compiled graph is of these functions.
-                self._local, self._comparison = each, _comparison(model, self._last, each.weight)
+                self._local, self._comparison = each, _comparison(model, self._passes, each.weight)
             elif isinstance(each, Teacher):
                 blocks = [site.name for site in sites if not isinstance(site, WeightSite)]
                 names = [name for name, _ in model.named_modules()]
@@ -72,8 +90,8 @@ class AuxiliaryLoss:
         if self.teacher is not None:
             for name in self.teacher.features:
                 module = self._model.get_submodule(name)
-                self._handles.append(module.register_forward_hook(_keep_feature(self._last, name)))
-        begin, end = _around_a_pass(self._model, self._last)
+                self._handles.append(module.register_forward_hook(_keep_feature(self._passes, name)))
+        begin, end = _around_a_pass(self._model, self._passes)
         self._handles.append(self._model.register_forward_pre_hook(begin, with_kwargs=True))
         self._handles.append(self._model.register_forward_hook(end, with_kwargs=True))
 
@@ -83,7 +101,7 @@ class AuxiliaryLoss:
             handle.remove()
         for site in self._sites:
             vars(site.blend).pop("comparison", None)
-        self._handles, self._sites, self._last = [], [], _LastPass()
+        self._handles, self._sites, self._passes = [], [], _Passes()
         self._local = self.teacher = None
 
     def set_step(self, step: int) -> None:
@@ -104,8 +122,8 @@ class AuxiliaryLoss:
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
         if not self.is_wanted or not (self._model.training and torch.is_grad_enabled()):
             return torch.zeros((), device=device)
-        last = self._last
-        if last.call is None:
+        last = self._passes.last
+        if last is None or last.call is None:
             raise TransitionError(
                 "auxiliary_loss: the model that was given to prepare has not been called in training mode. Call that "
                 "model itself, as a whole, and then auxiliary_loss in the same process."
@@ -120,7 +138,8 @@ class AuxiliaryLoss:
                         "others than the model got. Call auxiliary_loss before, or write into a copy."
                     )
                 self.teacher.follow(device)
-                losses.append(self.teacher.loss(*last.call, last.features))
+                arguments, keywords, output = last.call
+                losses.append(self.teacher.loss(arguments, keywords, output, last.features))
             last.loss = sum_of(losses) if losses else torch.zeros((), device=device)
         return last.loss
 
@@ -133,11 +152,11 @@ class AuxiliaryLoss:
                     blends += [site.blend] if site.blend not in blends else []
         names = {module: name for name, module in self._model.named_modules()}
         for module, blends in owners.items():
-            hook = _compare_forms(self._last, names[module], blends)
+            hook = _compare_forms(self._passes, names[module], blends)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
 
-def _around_a_pass(model: nn.Module, last: _LastPass) -> tuple[Callable[..., None], Callable[..., None]]:
+def _around_a_pass(model: nn.Module, passes: _Passes) -> tuple[Callable[..., None], Callable[..., None]]:
     def begin(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
@@ -148,48 +167,50 @@ def _around_a_pass(model: nn.Module, last: _LastPass) -> tuple[Callable[..., Non
                     "DistributedDataParallel, or leave distillation out of the recipe."
                 )
             return
-        last.is_under_way = True
-        last.call, last.loss = None, None
-        last.distances, last.features = [], {}
-        last.versions = _versions(arguments, keywords)
+        passes.last = _Pass(_versions(arguments, keywords))
+        passes.is_under_way = True
 
-    def end(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        if module is model and last.is_under_way:
-            last.is_under_way = False
-            last.call = (arguments, keywords, output)
+    # One tuple: of a tensor among a hook's own arguments the compiler would ask for a gradient that it cannot have.
+    def end(module: nn.Module, *call: Any) -> None:
+        current = passes.current
+        if module is model and current is not None:
+            current.call = call
+            passes.is_under_way = False
 
     return begin, end
 
 
-def _keep_feature(last: _LastPass, name: str) -> Callable[..., None]:
+def _keep_feature(passes: _Passes, name: str) -> Callable[..., None]:
     def keep(_: nn.Module, __: Any, output: Any) -> None:
-        if last.is_under_way:
+        current = passes.current
+        if current is not None:
             _refuse_without_gradients("Teacher(features)", name)
-            last.features[name] = [*last.features.get(name, []), output]
+            current.features[name] = [*current.features.get(name, []), output]
 
     return keep
 
 
-def _comparison(model: nn.Module, last: _LastPass, weight: float) -> Comparison:
+def _comparison(model: nn.Module, passes: _Passes, weight: float) -> Comparison:
     def is_wanted() -> bool:
         return model.training and torch.is_grad_enabled()
 
     def keep(original: Any, compressed: Any) -> None:
         # Also where nobody will ask: activations that are computed again must be computed as they were.
         distance = weight * relative_distance(original, compressed)
-        if last.is_under_way:
-            last.distances.append(distance)
+        current = passes.current
+        if current is not None:
+            current.distances.append(distance)
 
     return Comparison(is_wanted, keep)
 
 
-def _compare_forms(last: _LastPass, name: str, blends: Sequence[BlendedWeight]) -> Callable[..., None]:
+def _compare_forms(passes: _Passes, name: str, blends: Sequence[BlendedWeight]) -> Callable[..., None]:
     def compare(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], _: Any) -> None:
         fading = [blend for blend in blends if blend.fading and blend.comparison is not None]
         comparison = fading[0].comparison if fading else None
         if comparison is None:
             return
-        if last.is_under_way:
+        if passes.is_under_way:
             _refuse_without_gradients("LocalLoss", name)
         if comparison.is_wanted():
             original, compressed = (_alone(module, fading, form, arguments, keywords) for form in Form)

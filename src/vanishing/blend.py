@@ -20,7 +20,6 @@ from vanishing.distributed import is_distributed
 from vanishing.errors import TransitionError
 
 
-
 class Comparison(NamedTuple):
     """What looks at both forms in forward passes that are trained on; functions, which copies of a model share.
 

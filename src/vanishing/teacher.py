@@ -178,8 +178,8 @@ def _logits(output: Any) -> Tensor:
         found = next((each for each in output if isinstance(each, Tensor) and each.dim() > 1), None)
     if not isinstance(found, Tensor) or found.dim() < 2:
         raise TransitionError(
-            f"Teacher: there are no logits in what the model returns, a {type(output).__name__}. Give it an output that "
-            f"is a tensor of them, or that has `logits`; or learn from features alone, Teacher(logits=0, features=...)."
+            f"Teacher: there are no logits in what the model returns, a {type(output).__name__}. Let it return "
+            f"logits or something that has them, or learn from features alone, Teacher(logits=0, features=...)."
         )
     logits = found if found.dim() < 4 else found.movedim(1, -1)
     if logits.shape[-1] == 1:

@@ -16,9 +16,9 @@ from vanishing.auxiliary import AuxiliaryLoss
 from vanishing.batchnorm import reestimate_batchnorm, tried_out
 from vanishing.calibration import Calibration, calibrate
 from vanishing.compressors import Compressor, Moment, WeightCompressor
+from vanishing.distillation import Distillation
 from vanishing.distributed import is_distributed, is_sharded
 from vanishing.equality import difference_beyond_rounding
-from vanishing.distillation import Distillation
 from vanishing.errors import RecipeError, TransitionError
 from vanishing.inputs import call
 from vanishing.optimizers import OptimizerWatch, exchange, held_ids, join, leave, unheld_problems
@@ -316,8 +316,8 @@ class Transition:
             )
         if self._teacher is not None and state.get("teacher", self._teacher.fingerprint) != self._teacher.fingerprint:
             raise TransitionError(
-                "the state was saved with another teacher: that is the model as it is given to prepare. To resume, build "
-                "it with the original weights that it had then, call prepare, and load the states after that."
+                "the state was saved with another teacher: that is the model as it is given to prepare. To resume, "
+                "build it with the original weights that it had then, call prepare, and load the states after that."
             )
         self._step = state["steps_done"]
         self._set_strengths()
