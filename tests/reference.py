@@ -184,3 +184,24 @@ def straight_through(weight: Tensor, compressed: Tensor) -> Tensor:
 def blend_outputs(beta: float, original: Callable[..., Any], compressed: Callable[..., Any], *inputs: Any) -> Tensor:
     """Equation 1 of the paper: both forms run in full, their outputs added up."""
     return beta * original(*inputs) + (1 - beta) * compressed(*inputs)
+
+
+# Distillation.
+
+
+def local_loss(original: Tensor, compressed: Tensor) -> Tensor:
+    """`|f(x) - g(x)|^2 / |f(x)|^2`, with f(x) a constant."""
+    f = original.detach()
+    return ((f - compressed) ** 2).sum() / (f**2).sum()
+
+
+def softened(logits: Tensor, temperature: float) -> Tensor:
+    """Hinton et al. (1503.02531), equation 1: `exp(z_i / T) / sum_j exp(z_j / T)`."""
+    raised = (logits / temperature).exp()
+    return raised / raised.sum(dim=-1, keepdim=True)
+
+
+def teacher_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """`T^2 sum_i p_i log(p_i / q_i)`, teacher p and student q softened, the mean over rows (1503.02531, section 2)."""
+    p, q = softened(teacher.detach(), temperature), softened(student, temperature)
+    return temperature**2 * (p * (p / q).log()).sum(dim=-1).mean()

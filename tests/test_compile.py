@@ -12,6 +12,7 @@ from vanishing import (
     Binary,
     Gradient,
     LinearSchedule,
+    LocalLoss,
     LowRank,
     MagnitudePruning,
     Order,
@@ -21,8 +22,10 @@ from vanishing import (
     Replace,
     Rule,
     Staggered,
+    Teacher,
     Ternary,
 )
+from vanishing.distillation import Distillation
 
 QUICK = {"pruned", "binary", "low_rank"}
 COMPRESSORS: dict[str, vanishing.Compressor] = {
@@ -64,15 +67,16 @@ class Model(nn.Module):
 
 
 def run(
-    compressor: vanishing.Compressor | Recipe, key: str, dtype: torch.dtype, compiled: bool
+    compressor: vanishing.Compressor | Recipe, key: str, dtype: torch.dtype, compiled: bool, *losses: Distillation
 ) -> tuple[list[torch.Tensor], int]:
     """Outputs and losses over a whole transition, and how many graphs were traced."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Model().to(dtype)
-    recipe = (
-        compressor if isinstance(compressor, Recipe) else Recipe({key: compressor}, schedule=LinearSchedule(steps=5))
-    )
+    if isinstance(compressor, Recipe):
+        recipe = compressor
+    else:
+        recipe = Recipe({key: compressor}, schedule=LinearSchedule(steps=5), distillation=losses)
     transition = vanishing.prepare(model, recipe)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
@@ -80,11 +84,12 @@ def run(
     outputs = []
     for _ in range(9):
         output = step(torch.randn(4, 3, 3, 3, dtype=dtype))
-        output.square().mean().backward()
+        auxiliary = transition.auxiliary_loss()
+        (output.square().mean() + auxiliary).backward()
         optimizer.step()
         optimizer.zero_grad()
         transition.step()
-        outputs.append(output.detach())
+        outputs += [output.detach(), auxiliary.detach()]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     transition.finish()
     return [*outputs, *(p.detach() for p in model.parameters())], graphs
@@ -148,6 +153,31 @@ def test_a_replaced_block_is_two_graphs() -> None:
     expected, _ = run(Replace(narrow), "block", torch.float64, compiled=False)
     got, graphs = run(Replace(narrow), "block", torch.float64, compiled=True)
     assert graphs == 2
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected_graphs"),
+    [
+        ((LocalLoss(),), 2),
+        ((Teacher(features=("convolution", "block")),), 2),
+        # One with the comparison and one without, while the original is there.
+        ((LocalLoss(every=2), Teacher()), 3),
+    ],
+    ids=["local", "teacher", "both"],
+)
+@pytest.mark.parametrize(
+    ("compressor", "key"),
+    [(LowRank(rank=2), "*"), (MagnitudePruning(0.5), "*"), (Replace(narrow), "block")],
+    ids=["low rank", "pruned", "replaced"],
+)
+def test_distillation_leaves_the_graphs_whole(
+    compressor: vanishing.Compressor, key: str, losses: tuple[Distillation, ...], expected_graphs: int
+) -> None:
+    expected, _ = run(compressor, key, torch.float64, False, *losses)
+    got, graphs = run(compressor, key, torch.float64, True, *losses)
+    assert graphs == expected_graphs
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 

@@ -30,6 +30,7 @@ from vanishing.compressors import (
     WidthPruning,
 )
 from vanishing.config import Config, concrete_kinds, json_schema
+from vanishing.distillation import LocalLoss, Teacher
 from vanishing.errors import ConfigError, VanishingError
 from vanishing.granularity import NM, Global, PerChannel, PerGroup, PerTensor
 from vanishing.layers import Split
@@ -99,6 +100,10 @@ EXAMPLES: list[Config] = [
     Glob("*.mlp.*"),
     Regex(r"layers\.\d+"),
     OfType("torch.nn.modules.linear.Linear"),
+    LocalLoss(),
+    LocalLoss(weight=0.5, every=4),
+    Teacher(),
+    Teacher(logits=0, temperature=4, features=("*.layers.*",), feature_weight=0.1, bfloat16=True),
     Rule(Binary()),
     Rule(MagnitudePruning(0.5) | Binary(), schedules=(LinearSchedule(steps=2), StepSchedule(at=4))),
     Rule(LowRank(rank=2), schedule=StepSchedule(at=0), ramp=PolynomialSchedule(steps=9)),

@@ -29,6 +29,7 @@ from vanishing import (
     Global,
     Gradient,
     LinearSchedule,
+    LocalLoss,
     LowRank,
     MagnitudePruning,
     PerChannel,
@@ -41,6 +42,7 @@ from vanishing import (
     Rule,
     SigmoidSchedule,
     StepSchedule,
+    Teacher,
     Ternary,
 )
 from vanishing.schedules import Schedule
@@ -351,7 +353,11 @@ WEIGHT_RULES = st.builds(Rule, compressor=TECHNIQUES, schedule=st.none() | SCHED
 WEIGHT_RULES |= st.builds(Rule, compressor=CHAINS, schedule=SCHEDULES)
 RULES = TECHNIQUES | CHAINS | WEIGHT_RULES | st.just(Replace(shrunk))
 RECIPES = st.builds(
-    Recipe, st.dictionaries(KEYS, RULES, min_size=1, max_size=4), ignore=st.lists(KEYS, max_size=3), schedule=SCHEDULES
+    Recipe,
+    st.dictionaries(KEYS, RULES, min_size=1, max_size=4),
+    ignore=st.lists(KEYS, max_size=3),
+    schedule=SCHEDULES,
+    distillation=st.sampled_from([(), LocalLoss(every=2), [Teacher(features=("*.mlp",)), LocalLoss(weight=0.5)]]),
 ) | st.builds(Recipe, st.dictionaries(KEYS, TECHNIQUES, min_size=1, max_size=2), schedule=SCHEDULES, ramp=SCHEDULES)
 
 
@@ -398,8 +404,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "data, fact",
     [
-        ([], "a recipe has the fields freeze_original, ignore, ramp, rules, schedule, got []"),
-        (changed("extra", 1), "freeze_original, ignore, ramp, rules, schedule, got ['extra', 'rules', 'schedule']"),
+        ([], "a recipe has the fields distillation, freeze_original, ignore, ramp, rules, schedule, got []"),
+        (changed("extra", 1), "ignore, ramp, rules, schedule, got ['extra', 'rules', 'schedule']"),
         (changed("rules", None), "a recipe needs `schedule` and `rules`"),
         (changed("rules", {}), "a recipe needs `schedule` and `rules`, a list"),
         (changed("rules", []), "at least one rule"),
@@ -412,6 +418,9 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         (changed("schedule/steps", None), "LinearSchedule needs 'steps'"),
         (changed("schedule/stop", 10), "LinearSchedule has no field 'stop'. It has: start, steps"),
         (changed("ignore", "head"), "a recipe's `ignore` is a list of patterns, got 'head'"),
+        (changed("distillation", {"kind": "teacher"}), "a recipe's `distillation` is a list of losses"),
+        (changed("distillation", [{"kind": "binary"}]), "'binary' is not a known Distillation"),
+        (changed("distillation", [{"kind": "local_loss", "every": 0}]), "LocalLoss(every=0)"),
         (changed("ignore", [3]), "a pattern is a text, got the number 3. Put it in quotes, as in '3'"),
         (changed("rules/0/match", None), "rule 0 of the recipe needs `match` and `compressor`"),
         (changed("rules/0/compressor", None), "rule 0 of the recipe needs `match` and `compressor`"),

@@ -18,6 +18,7 @@ from vanishing.compressors import (
     WeightCompressor,
     WidthPruning,
 )
+from vanishing.distillation import LocalLoss, Teacher
 from vanishing.errors import ConfigError, FileError, RecipeError, TransitionError, VanishingError
 from vanishing.granularity import NM, Global, PerChannel, PerGroup, PerTensor
 from vanishing.layers import Split
@@ -69,6 +70,8 @@ __all__ = [
     "Score",
     "Split",
     "Calibration",
+    "LocalLoss",
+    "Teacher",
     "save",
     "load",
     "summary",

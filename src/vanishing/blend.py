@@ -7,7 +7,8 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,25 @@ from vanishing.errors import TransitionError
 from vanishing.receipt import Grid
 
 
+class Comparison(NamedTuple):
+    """What looks at both forms in forward passes that are trained on; functions, which copies of a model share.
+
+    Args:
+        is_wanted: whether the pass that is under way is such a one.
+        keep: takes what the original and what the compressed form have computed from the same inputs.
+    """
+
+    is_wanted: Callable[[], bool]
+    keep: Callable[[Any, Any], None]
+
+
+class Form(Enum):
+    """One of the two forms that are blended."""
+
+    ORIGINAL = "original"
+    COMPRESSED = "compressed"
+
+
 class Blend(nn.Module):
     """Holds beta for one layer or block: a float for eager mode and a tensor, beside it, for compiled graphs.
 
@@ -28,6 +48,8 @@ class Blend(nn.Module):
     """
 
     beta_tensor: Tensor
+    comparison: Comparison | None = None
+    """What looks at both forms at this optimizer step, as long as both are there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,10 +130,14 @@ class BlendedWeight(Blend):
     def __init__(self, form: CompressedWeight) -> None:
         super().__init__()
         self.form = form
+        # The form that is looked at now without the other one.
+        self.alone: Form | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight that the layer uses: the original itself at beta = 1."""
-        if self.vanished:
+        if self.alone is Form.ORIGINAL:
+            return weight
+        if self.vanished or self.alone is Form.COMPRESSED:
             return with_idle(self.form.compress(weight), [] if self.form.shares_weight else [weight])
         beta = self.current_beta()
         if isinstance(beta, float) and beta == 1.0:
@@ -206,7 +232,7 @@ def _forget_graphs(module: nn.RNNBase) -> None:
 def _factored_forward(base_forward: Callable[..., Any], name: str) -> Callable[..., Any]:
     def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
         current: Any = self.parametrizations[name][0]  # type: ignore[index]
-        if not current.vanished:
+        if not current.vanished and current.alone is not Form.COMPRESSED:
             output: Tensor = base_forward(self, *arguments, **keywords)
             return output
         # Loading or casting may have put another one in its place.
@@ -281,7 +307,9 @@ class BlendedBlock(Blend):
         if self.vanished:
             return with_idle(self.replacement(*arguments, **keywords), self.original.parameters(), copy=True)
         beta = self.current_beta()
-        if isinstance(beta, float) and beta == 1.0:
+        comparison = self.comparison if self.comparison is not None and self.comparison.is_wanted() else None
+        is_original = isinstance(beta, float) and beta == 1.0
+        if is_original and comparison is None:
             return with_idle(self.original(*arguments, **keywords), self.replacement.parameters(), copy=True)
         before = _versions(arguments, keywords)
         original = self.original(*arguments, **keywords)
@@ -290,7 +318,12 @@ class BlendedBlock(Blend):
                 f"the original of {self._result} writes into its input, which the replacement would then get instead. "
                 f"Let it write into a copy (inplace=False), or replace a block around it."
             )
-        return blend_outputs(original, self.replacement(*arguments, **keywords), beta, self._result)
+        replacement = self.replacement(*arguments, **keywords)
+        if comparison is not None:
+            comparison.keep(original, replacement)
+        if is_original:
+            return with_idle(original, self.replacement.parameters(), copy=True)
+        return blend_outputs(original, replacement, beta, self._result)
 
     def __getattr__(self, name: str) -> Any:
         try:

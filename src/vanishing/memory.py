@@ -24,7 +24,7 @@ class MemoryEstimate:
     """The peak of the memory that the tensors of a training hold at once, in bytes.
 
     Args:
-        parameters: the model in transition, with its buffers.
+        parameters: the model in transition, with its buffers, and a recipe's teacher.
         optimizer: the optimizer's state.
         step: everything that comes and goes with a step: activations, gradients, blended weights.
     """
@@ -75,9 +75,10 @@ def estimate_memory(
             raise ValueError(f"estimate_memory: {name} is a whole number, at least {least}, got {value!r}.")
     model = transition.model
     trained = [p for p in model.parameters() if p.requires_grad]
-    held = [*model.parameters(), *model.buffers()]
+    teacher = transition._teacher
+    held = [*model.parameters(), *model.buffers(), *([] if teacher is None else teacher.tensors)]
     with _left_as_it_was(model), transition._overridden(_MIDDLE):
-        few, more = (_timeline(model, compute_loss, size, accumulate) for size in (_FEW, _MORE))
+        few, more = (_timeline(model, held, compute_loss, size, accumulate) for size in (_FEW, _MORE))
     return MemoryEstimate(
         parameters=sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values()),
         optimizer=moments * sum(p.numel() * p.element_size() for p in trained),
@@ -85,7 +86,9 @@ def estimate_memory(
     )
 
 
-def _timeline(model: nn.Module, compute_loss: Callable[[int], Tensor], size: int, accumulate: bool) -> list[int]:
+def _timeline(
+    model: nn.Module, known: list[Tensor], compute_loss: Callable[[int], Tensor], size: int, accumulate: bool
+) -> list[int]:
     """Bytes that a step holds, after every allocation."""
     for parameter in model.parameters():
         # Gradients that are there in every forward pass are a part of the step.
@@ -94,8 +97,8 @@ def _timeline(model: nn.Module, compute_loss: Callable[[int], Tensor], size: int
     if accumulate:
         _loss(compute_loss, size).backward()
         held = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
-    known = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
-    with _Allocations([*known, *model.buffers()], held) as allocations:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    with _Allocations([*known, *gradients], held) as allocations:
         _loss(compute_loss, size).backward()
     return allocations.timeline
 

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from vanishing.blend import BlendedBlock, blended_weights
 from vanishing.calibration import Observed, Observer
 from vanishing.compressors import BlockCompressor, Compressor, LayerView, Replace, StructuredPruning, WeightCompressor
+from vanishing.distillation import Teacher
 from vanishing.drives import schedule_problems
 from vanishing.errors import RecipeError
 from vanishing.layers import Factored, LayerKind, find_kind
@@ -25,6 +26,7 @@ from vanishing.recipe import Recipe, Rule
 from vanishing.structure import find_groups, group_problem
 from vanishing.suitability import block_problem, replacement_problem, weight_problem
 from vanishing.tally import Tally, nearest_names, rule_problem
+from vanishing.teacher import find_features
 from vanishing.text import as_text
 
 _UNCALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -212,6 +214,9 @@ class _Planner:
         weights = {name: planned.rule for planned in self.plan.weights for name in planned.names[:1]}
         blocks = {block.name: block.rule for block in self.plan.blocks}
         self.plan.problems += schedule_problems(self.recipe, weights, blocks)
+        for each in self.recipe.distillation:
+            if isinstance(each, Teacher):
+                self.plan.problems += find_features(dict(modules), each, blocks)[1]
         return self.plan
 
     def _check_factories(self) -> None:

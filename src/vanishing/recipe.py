@@ -14,6 +14,7 @@ from torch import nn
 
 from vanishing.compressors import Chain, Compressor
 from vanishing.config import Config, concrete_kinds
+from vanishing.distillation import Distillation
 from vanishing.errors import ConfigError
 from vanishing.granularity import Granularity
 from vanishing.patterns import Pattern, Where, pattern_from_plain, pattern_to_plain, to_pattern
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from vanishing.plan import Plan
 
 _NO_RAMPS = (Staggered, Adaptive)
-_FIELDS = {"rules", "schedule", "ignore", "ramp", "freeze_original"}
+_FIELDS = {"rules", "schedule", "ignore", "ramp", "freeze_original", "distillation"}
 
 Key = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -83,9 +84,12 @@ class Recipe:
             `StepSchedule(at=0)` as schedule this is a technique's own iterative way, gradual pruning for instance.
         freeze_original: do not train what only the original form has, where the compressed one has weights of its own
             (low rank, replaced blocks). Saves the gradient and the optimizer's state of every original.
+        distillation: what `Transition.auxiliary_loss` lets the model learn from the original: a `LocalLoss`, a
+            `Teacher`, or both.
 
     Raises:
-        ConfigError: a rule, a key or a schedule is of the wrong type; or a technique has no strength to ramp.
+        ConfigError: a rule, a key, a schedule or a distillation is of the wrong type; or a technique has no strength to
+            ramp.
 
     >>> from vanishing import LinearSchedule, MagnitudePruning
     >>> recipe = Recipe({"*.mlp.*": MagnitudePruning(sparsity=0.9)}, schedule=LinearSchedule(steps=100))
@@ -98,6 +102,7 @@ class Recipe:
     schedule: Schedule
     ramp: Schedule | None
     freeze_original: bool
+    distillation: tuple[Distillation, ...]
 
     def __init__(
         self,
@@ -107,6 +112,7 @@ class Recipe:
         schedule: Schedule,
         ramp: Schedule | None = None,
         freeze_original: bool = False,
+        distillation: Iterable[Distillation] | Distillation = (),
     ) -> None:
         if not isinstance(rules, Mapping) or not rules:
             raise ConfigError(
@@ -123,12 +129,15 @@ class Recipe:
         if ramp is not None:
             for _, rule in entries:
                 check_ramp(rule.compressor, ramp)
+        losses = tuple(distillation) if isinstance(distillation, Iterable) else (distillation,)
+        _check_distillation(losses)
         single = isinstance(ignore, str) or not isinstance(ignore, Iterable)
         object.__setattr__(self, "rules", entries)
         object.__setattr__(self, "ignore", tuple(to_pattern(key) for key in ([ignore] if single else ignore)))  # type: ignore[union-attr]
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "ramp", ramp)
         object.__setattr__(self, "freeze_original", freeze_original)
+        object.__setattr__(self, "distillation", losses)
 
     @property
     def is_relative(self) -> bool:
@@ -170,6 +179,8 @@ class Recipe:
             data["ramp"] = self.ramp.to_dict()
         if self.freeze_original:
             data["freeze_original"] = True
+        if self.distillation:
+            data["distillation"] = [each.to_dict() for each in self.distillation]
         return data
 
     @classmethod
@@ -189,6 +200,9 @@ class Recipe:
         ignore = data.get("ignore", [])
         if not isinstance(ignore, list):
             raise ConfigError(f"a recipe's `ignore` is a list of patterns, got {ignore!r}.")
+        losses = data.get("distillation", [])
+        if not isinstance(losses, list):
+            raise ConfigError(f"a recipe's `distillation` is a list of losses, got {losses!r}.")
         rules: dict[Pattern, Rule] = {}
         for number, entry in enumerate(data["rules"]):
             if not isinstance(entry, Mapping) or not {"match", "compressor"} <= set(entry):
@@ -204,6 +218,7 @@ class Recipe:
             schedule=Schedule.from_dict(data["schedule"]),
             ramp=Schedule.from_dict(data["ramp"]) if data.get("ramp") is not None else None,
             freeze_original=data.get("freeze_original", False),
+            distillation=[Distillation.from_dict(each) for each in losses],
         )
 
     def to_yaml(self) -> str:
@@ -251,11 +266,11 @@ class Recipe:
     @staticmethod
     def json_schema() -> dict[str, Any]:
         """Return the JSON schema (draft 2020-12) of a recipe's file, with every technique known in this process."""
-        bases: tuple[type[Config], ...] = (Compressor, Schedule, Granularity, Pattern)
+        bases: tuple[type[Config], ...] = (Compressor, Schedule, Granularity, Pattern, Distillation)
         kinds = {c.kind: c.schema() for base in bases for c in concrete_kinds(base) if c is not Granularity}
-        compressor, schedule, pattern = (
+        compressor, schedule, pattern, distillation = (
             {"oneOf": [{"$ref": f"#/$defs/{c.kind}"} for c in concrete_kinds(base)]}
-            for base in (Compressor, Schedule, Pattern)
+            for base in (Compressor, Schedule, Pattern, Distillation)
         )
         ramp = {"oneOf": [{"$ref": f"#/$defs/{c.kind}"} for c in concrete_kinds(Schedule) if c not in _NO_RAMPS]}
         match = {"anyOf": [{"type": "string", "description": "a glob on the module's full name"}, pattern]}
@@ -277,6 +292,7 @@ class Recipe:
             "schedule": schedule,
             "ramp": ramp,
             "freeze_original": {"type": "boolean"},
+            "distillation": {"type": "array", "items": distillation},
         }
         return {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -307,6 +323,17 @@ def check_ramp(compressor: Compressor, ramp: Schedule) -> None:
             f"{type(compressor).__name__} has no strength between none and full, so a ramp cannot drive it. "
             f"Leave the ramp out, or give it to the rules of other techniques only."
         )
+
+
+def _check_distillation(losses: tuple[Any, ...]) -> None:
+    for each in losses:
+        if not isinstance(each, Distillation):
+            raise ConfigError(
+                f"the recipe's distillation is a LocalLoss, a Teacher or both, as in [LocalLoss(), Teacher()], got "
+                f"{each!r}."
+            )
+    if len({each.kind for each in losses}) < len(losses):
+        raise ConfigError(f"the recipe's distillation has two losses of one kind: {losses!r}. Drop one of them.")
 
 
 def _to_rule(key: Any, value: Any) -> Rule:

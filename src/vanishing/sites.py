@@ -92,7 +92,8 @@ class Site(ABC):
         """The parameters of the form that has no part in what is computed now."""
         if self.blend.beta == 0.0:
             return self.replaced_parameters
-        return self.new_parameters if self.blend.beta == 1.0 else []
+        # What is compared learns while it has no share.
+        return self.new_parameters if self.blend.beta == 1.0 and self.blend.comparison is None else []
 
 
 class WeightSite(Site):

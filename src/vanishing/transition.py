@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vanishing.auxiliary import AuxiliaryLoss
 from vanishing.batchnorm import reestimate_batchnorm, tried_out
 from vanishing.calibration import Calibration, calibrate
 from vanishing.compressors import Chain, Compressor, Moment, WeightCompressor
+from vanishing.distillation import Distillation
 from vanishing.distributed import agreed, is_distributed, is_sharded
 from vanishing.drives import Drive, make_drives
 from vanishing.equality import difference_beyond_rounding
@@ -29,6 +31,7 @@ from vanishing.receipt import FinishedLayer, Receipt, extend_receipt
 from vanishing.recipe import Recipe
 from vanishing.schedules import Adaptive, LinearSchedule, Schedule
 from vanishing.sites import Site, StructureSite, WeightSite, build_block_sites, build_weight_site
+from vanishing.teacher import FrozenOriginal
 
 _WHOLE_MODEL_TOLERANCE = 1e-4
 _ANY_LENGTH = 10**9
@@ -96,19 +99,19 @@ def prepare(
             calibrate(model, observed, given)
             for block in blocks:
                 block.calibrate()
-        return _begun(model, plan, resolved, blocks, optimizer, example_inputs)
+        return _begun(model, plan, resolved, blocks, optimizer, example_inputs, distillation=resolved.distillation)
 
 
 def prepare_for_state(model: nn.Module, recipe: Recipe) -> Transition:
     """Change a model as `prepare` does, for a state of a calibrated model in transition that is then loaded into it.
 
-    No batches are needed: what techniques took from them is in the state.
+    No batches are needed: what techniques took from them is in the state. It has no teacher: it is not trained.
     """
     plan = make_plan(model, recipe)
     with random_state_restored_on_error():
         blocks = build_block_sites(plan)
         plan.check()
-        return _begun(model, plan, recipe, blocks, None, None)
+        return _begun(model, plan, recipe, blocks, None, None, distillation=())
 
 
 def _begun(
@@ -118,12 +121,14 @@ def _begun(
     blocks: Sequence[Site],
     optimizer: Optimizer | None,
     example_inputs: Any,
+    *,
+    distillation: Sequence[Distillation],
 ) -> Transition:
     ramps = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
     in_turn = [bool(rule.schedules) for _, rule in recipe.rules]
     weights = [build_weight_site(w, ramped=ramps[w.rule] is not None, in_turn=in_turn[w.rule]) for w in plan.weights]
     transition = Transition(model, recipe, [*weights, *blocks], example_inputs)
-    transition._begin(optimizer)
+    transition._begin(optimizer, distillation)
     return transition
 
 
@@ -158,6 +163,7 @@ class Transition:
         self._set_schedules(recipe.resolved(_ANY_LENGTH))
         self._ended: str | None = None
         self._frozen: list[nn.Parameter] = []
+        self._auxiliary: AuxiliaryLoss | None = None
         self._relative = recipe
         # A weak method, as the hook of the watch lives as long as the watch.
         self._optimizers = OptimizerWatch(_called_weakly(self._drop_idle_gradients))
@@ -292,29 +298,44 @@ class Transition:
             yield self.model
 
     def auxiliary_loss(self) -> Tensor:
-        """Return the loss to add to the task's own: a scalar, 0 for techniques that ask for none."""
+        """Return the loss to add to the task's own, a scalar: what the recipe's `distillation` asks for.
+
+        It is that of the last forward pass in training mode, over the mean of its batch, and its graph is that of the
+        pass: call it after the pass and before `backward`. Without distillation, in evaluation mode or without
+        gradients, and once the transition is over it is 0. A teacher runs in here, under autocast if this is called
+        under it.
+
+        Raises:
+            TransitionError: there was no forward pass of the whole model in training mode, or the model's outputs have
+                nothing that a teacher's can be compared with.
+        """
+        if self._auxiliary is not None:
+            return self._auxiliary.value()
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         return torch.zeros((), device=device)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: the optimizer steps done, what adaptive schedules have decided, and the recipe to compare.
+        """Return the state: the optimizer steps done, and what adaptive schedules have decided.
 
-        With the model's and the optimizer's own state it gives an exact resume.
+        The recipe and the teacher's fingerprint are there to compare with. With the model's and the optimizer's own
+        state it gives an exact resume.
         """
         state = {"steps_done": self._step, "recipe": json.dumps(self.recipe.to_dict())}
         slow = [[list(span) for span in drive.slow] for drive in self._adaptive()]
-        return state | ({"slow": slow} if slow else {})
+        state |= {"slow": slow} if slow else {}
+        return state | ({} if self._teacher is None else {"teacher": self._teacher.fingerprint})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set the clock to where `state_dict` was taken; masks and factors come with the model's own state.
 
         Raises:
-            TransitionError: the state is of another recipe, or no state of a transition.
+            TransitionError: the state is of another recipe or of another original that is the teacher, or no state of a
+                transition.
         """
         self._require_active()
-        known = isinstance(state, Mapping) and set(state) - {"slow"} == {"steps_done", "recipe"}
+        known = isinstance(state, Mapping) and set(state) - {"slow", "teacher"} == {"steps_done", "recipe"}
         if not known or not isinstance(state["steps_done"], int) or state["steps_done"] < 0:
             got = dict(state) if isinstance(state, Mapping) else state
             raise TransitionError(f"expected a transition's state with steps_done and recipe, got {got!r:.200}.")
@@ -323,6 +344,11 @@ class Transition:
             raise TransitionError(
                 f"the state was saved with another recipe, {state['recipe']}. Prepare the model with that one to "
                 f"resume; where a schedule is a share of the training, train for as long as before."
+            )
+        if self._teacher is not None and state.get("teacher", self._teacher.fingerprint) != self._teacher.fingerprint:
+            raise TransitionError(
+                "the state was saved with another teacher: that is the model as it is given to prepare. To resume, "
+                "build it with the original weights that it had then, call prepare, and load the states after that."
             )
         decided = _decided(state.get("slow", []), len(self._adaptive()))
         for drive, slow in zip(self._adaptive(), decided, strict=True):
@@ -401,16 +427,20 @@ class Transition:
 
     # Inside
 
-    def _begin(self, optimizer: Optimizer | None) -> None:
+    def _begin(self, optimizer: Optimizer | None, distillation: Sequence[Distillation]) -> None:
         with contextlib.ExitStack() as undo:
             undo.callback(self._close, "refused")
+            if self.recipe.freeze_original:
+                undo.callback(self._thaw_originals)
+                self._freeze_originals()
+            auxiliary = AuxiliaryLoss(self.model, distillation, self._sites)
             places = Places(self.model)
             for site in self._sites:
                 site.install(places)
                 undo.callback(site.remove, places)
-            if self.recipe.freeze_original:
-                self._freeze_originals()
-                undo.callback(self._thaw_originals)
+            auxiliary.attach()
+            self._auxiliary = auxiliary
+            undo.callback(auxiliary.detach)
             self._set_strengths()
             self._set_betas()
             self._update(arriving=True)
@@ -424,6 +454,10 @@ class Transition:
             names = {id(p): name for name, p in self.model.named_parameters()}
             for site in self._sites:
                 join(optimizer, site.original_parameters, {names[id(p)]: p for p in site.new_parameters})
+
+    @property
+    def _teacher(self) -> FrozenOriginal | None:
+        return None if self._auxiliary is None else self._auxiliary.teacher
 
     def _freeze_originals(self) -> None:
         """Stop training what only original forms have.
@@ -519,6 +553,8 @@ class Transition:
                 for (site, stage), beta in zip(drive.targets, drive.betas(self._step), strict=True):
                     for blend in site.stages[stage]:
                         blend.set_beta(beta if self._override is None else self._override, fading=fading)
+        if self._auxiliary is not None:
+            self._auxiliary.set_step(self._step)
 
     def _is_settled(self, rule: int, stage: int, step: int) -> bool:
         ramp = self._ramps[rule]
@@ -570,7 +606,10 @@ class Transition:
 
     def _close(self, how: str) -> None:
         self._last_end, self._last_beta = self.end, self.beta
+        if self._auxiliary is not None:
+            self._auxiliary.detach()
         self._sites, self._in_model_order, self._drives, self._driven_by = [], [], [], {}
+        self._auxiliary = None
         self._ended = how
         self._optimizers.close()
 

@@ -24,12 +24,14 @@ from vanishing import (
     Binary,
     Compressor,
     LinearSchedule,
+    LocalLoss,
     LowRank,
     MagnitudePruning,
     Replace,
     Rule,
     Score,
     Staggered,
+    Teacher,
     TransitionError,
 )
 from vanishing.integrations.fsdp import finish_gathered
@@ -76,7 +78,13 @@ TECHNIQUES: dict[str, dict[Any, Compressor | Rule]] = {
             LowRank(rank=2) | MagnitudePruning(0.5), schedules=(SCHEDULE, LinearSchedule(start=3, steps=3))
         )
     },
+    "distilled": {
+        "0.feed_forward": Replace(narrow, name="narrow of distributed runs"),
+        "1.feed_forward.*": LowRank(rank=2),
+        "*.attention": MagnitudePruning(0.5),
+    },
 }
+DISTILLATION = [LocalLoss(weight=0.3, every=2), Teacher(features=("0", "1.feed_forward"))]
 
 
 def build() -> nn.Sequential:
@@ -95,7 +103,8 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 def prepared(way: str, technique: str) -> tuple[nn.Module, nn.Module, vanishing.Transition, torch.optim.Optimizer]:
     """Return the model, what a loop calls, the transition, and the optimizer."""
     model = build()
-    recipe = vanishing.Recipe(TECHNIQUES[technique], schedule=SCHEDULE)
+    distillation = DISTILLATION if technique == "distilled" else []
+    recipe = vanishing.Recipe(TECHNIQUES[technique], schedule=SCHEDULE, distillation=distillation)
     transition = vanishing.prepare(model, recipe, calibration=batches()[:2] if technique == "calibrated" else None)
     wrapped: nn.Module = model
     if way == "ddp":
@@ -127,14 +136,18 @@ def train(way: str, technique: str, folder: Path, rank: int, processes: int) -> 
             model.load_state_dict(weights)
             optimizer.load_state_dict(moments)
             transition.load_state_dict(clock)
-        share = slice(rank, None, processes)
-        loss = nn.functional.cross_entropy(wrapped(inputs[share]).mean(1), labels[share])
-        loss.backward()
+        # One process alone takes both shares: a local loss is relative to what it is measured on.
+        shares = [slice(rank, None, 2)] if processes > 1 else [slice(0, None, 2), slice(1, None, 2)]
+        total = torch.zeros(())
+        for share in shares:
+            loss = nn.functional.cross_entropy(wrapped(inputs[share]).mean(1), labels[share])
+            loss = (loss + transition.auxiliary_loss()) / len(shares)
+            loss.backward()
+            total += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
         transition.step()
         transition.gap()
-        total = loss.detach().clone()
         if processes > 1:
             dist.all_reduce(total)
         losses.append(total.item() / processes)

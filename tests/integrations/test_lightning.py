@@ -17,11 +17,13 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 import vanishing
 from vanishing import (
     LinearSchedule,
+    LocalLoss,
     LowRank,
     MagnitudePruning,
     Quantization,
     Recipe,
     StepSchedule,
+    Teacher,
     Transition,
     TransitionError,
 )
@@ -273,3 +275,46 @@ def test_a_checkpoint_without_a_transition_is_refused(tmp_path: Path) -> None:
     module, transition = prepared()
     with pytest.raises(TransitionError, match="without a TransitionCallback"):
         trainer_for(tmp_path, transition).fit(module, train_loader(), ckpt_path=str(path))
+
+
+class Distilled(Classifier):
+    """A classifier that learns from its original, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        recipe = Recipe(
+            {"*": LowRank(rank=2)},
+            schedule=LinearSchedule(steps=5),
+            distillation=[LocalLoss(), Teacher(features=("0",))],
+        )
+        self.transition = vanishing.prepare(self.network, recipe)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch) + self.transition.auxiliary_loss()
+
+
+def test_a_training_step_adds_the_auxiliary_loss(tmp_path: Path) -> None:
+    module = Distilled()
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        max_steps=8,
+        callbacks=[TransitionCallback(module.transition)],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, DataLoader(data(), batch_size=BATCH))
+
+    plain = Distilled()
+    optimizer: Any = plain.configure_optimizers()
+    for index, batch in enumerate(DataLoader(data(), batch_size=BATCH)):
+        if index == 8:
+            break
+        plain.training_step(batch, index).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        plain.transition.step()
+    expected = plain.network.state_dict()
+    for name, value in module.network.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)

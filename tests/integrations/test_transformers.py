@@ -26,10 +26,12 @@ import vanishing
 from vanishing import (
     Adaptive,
     LinearSchedule,
+    LocalLoss,
     LowRank,
     MagnitudePruning,
     Recipe,
     Staggered,
+    Teacher,
     Transition,
     TransitionError,
 )
@@ -445,3 +447,96 @@ def test_training_in_bfloat16_autocast_ships_single_precision_weights(tmp_path: 
     transition.finish()
     assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float32}
     assert run.evaluate()["eval_loss"] < before
+
+
+class _Losses(TrainerCallback):  # type: ignore[misc]
+    """Notes the gradients of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        named = keywords["model"].named_parameters()
+        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+
+DISTILLATION = (LocalLoss(weight=0.3), Teacher(features=("bert.encoder.layer.?",)))
+
+
+def distilled(model: Any) -> Transition:
+    rules = {"*.layer.*": LowRank(rank=4)}
+    recipe = vanishing.Recipe(rules, schedule=vanishing.LinearSchedule(steps="40%"), distillation=DISTILLATION)
+    return vanishing.prepare(model.train(), recipe)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("by_items", [False, True], ids=["mean of each part", "sum over all items"])
+def test_the_auxiliary_loss_is_added_and_counts_alike_whatever_is_accumulated(
+    by_items: bool, accumulation: int, tmp_path: Path
+) -> None:
+    def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    model = bert(dropout=0.0)
+    transition = distilled(model)
+    watch = _Losses()
+    run = trainer_for(
+        tmp_path,
+        model,
+        transition,
+        (watch,),
+        max_grad_norm=0,
+        train_sampling_strategy="sequential",
+        gradient_accumulation_steps=accumulation,
+        max_steps=3,
+    )
+    run.compute_loss_func = summed if by_items else None
+    # This model takes the number of items, but its loss is a mean all the same.
+    run.model_accepts_loss_kwargs = False
+    run.train()
+
+    plain, data = bert(dropout=0.0), examples()
+    by_hand = distilled(plain)
+    by_hand.set_length(3)
+    rows = [data[i * BATCH : (i + 1) * BATCH] for i in range(accumulation)]
+    auxiliary = []
+    for part in rows:
+        loss = plain(**{name: torch.stack([row[name] for row in part]) for name in part[0]}).loss
+        auxiliary.append(by_hand.auxiliary_loss().detach())
+        ((loss + by_hand.auxiliary_loss()) / accumulation).backward()
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(watch.gradients[0][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    entry = next(entry for entry in run.state.log_history if "loss" in entry)
+    assert entry["auxiliary_loss"] == pytest.approx(float(torch.stack(auxiliary).mean()), rel=1e-4)
+    assert entry["loss"] > entry["auxiliary_loss"] > 0
+
+
+@pytest.mark.parametrize("stop", [4, 16])
+def test_a_distilled_run_that_is_resumed_ends_with_the_same_bits(stop: int, tmp_path: Path) -> None:
+    states = []
+    for checkpoint in (None, str(tmp_path / "whole" / f"checkpoint-{stop}")):
+        model = bert()
+        transition = distilled(model)
+        folder = tmp_path / ("resumed" if checkpoint else "whole")
+        run = trainer_for(folder, model, transition, save_strategy="steps", save_steps=stop)
+        run.train(resume_from_checkpoint=checkpoint)
+        assert "auxiliary_loss" not in run.evaluate()
+        states.append(transition.finish().state_dict())
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_a_distilled_run_in_bfloat16_with_recomputed_activations(tmp_path: Path) -> None:
+    model = bert()
+    transition = distilled(model)
+    model.activation_checkpointing_enable()
+    run = trainer_for(tmp_path, model, transition, bf16=True)
+    run.train()
+    losses = [entry["auxiliary_loss"] for entry in run.state.log_history if "loss" in entry]
+    assert len(losses) == STEPS
+    assert losses[8] > losses[-1] > 0
+    transition.finish()
+    run.train()
+    assert "auxiliary_loss" not in run.state.log_history[0]

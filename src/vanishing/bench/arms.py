@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vanishing.compressors import Compressor
+from vanishing.distillation import Distillation
 from vanishing.recipe import Recipe
 from vanishing.schedules import LinearSchedule, PolynomialSchedule, Schedule, StepSchedule
 
@@ -19,12 +20,14 @@ class Arm:
         meaning: one sentence for a reader who does not know it.
         schedule: Q, in optimizer steps -> beta.
         ramp: Q -> what the technique's strength is still short of; None for full strength from the start.
+        distillation: what is learned from the original besides the task.
     """
 
     name: str
     meaning: str
     schedule: Callable[[int], Schedule]
     ramp: Callable[[int], Schedule] | None = None
+    distillation: tuple[Distillation, ...] = ()
 
     def recipe(self, rules: Mapping[str, Compressor], fade_steps: int) -> Recipe:
         """Return the recipe of this strategy.
@@ -34,7 +37,7 @@ class Arm:
             fade_steps: the length Q of the fade, in optimizer steps.
         """
         ramp = None if self.ramp is None else self.ramp(fade_steps)
-        return Recipe(rules, schedule=self.schedule(fade_steps), ramp=ramp)
+        return Recipe(rules, schedule=self.schedule(fade_steps), ramp=ramp, distillation=self.distillation)
 
 
 POST_SHOT = Arm(

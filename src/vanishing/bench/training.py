@@ -14,7 +14,7 @@ from vanishing.bench.tasks import Task
 from vanishing.calibration import Calibration
 from vanishing.compressors import Compressor
 from vanishing.serialization import load, save
-from vanishing.transition import prepare
+from vanishing.transition import Transition, prepare
 
 
 @dataclass(frozen=True)
@@ -148,16 +148,21 @@ def fine_tune(
             curve.append(evaluate())
         on_step()
 
-    _train(task, model, budget, after_step)
+    _train(task, model, budget, after_step, transition)
     transition.finish()
     return _outcome(task, model, folder), tuple(curve)
 
 
-def _train(task: Task, model: nn.Module, budget: Budget, after_step: Callable[[], None]) -> None:
+def _train(
+    task: Task, model: nn.Module, budget: Budget, after_step: Callable[[], None], transition: Transition | None = None
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=budget.learning_rate, fused=True)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, budget.rate)
     for batch in task.batches(budget.steps):
-        task.loss(model, batch).backward()
+        loss = task.loss(model, batch)
+        if transition is not None:
+            loss = loss + transition.auxiliary_loss()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         rate.step()

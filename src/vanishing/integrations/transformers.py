@@ -10,7 +10,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vanishing.errors import TransitionError
 from vanishing.integrations.common import (
@@ -41,7 +41,9 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
       such as "40%" are shares of the Trainer's own length.
     - Checkpoints hold the transition; resumed from one, on one CPU device, the run goes on bit for bit.
     - `eval_...` is what will be shipped (beta = 0), `eval_blend_...` what is being trained.
-    - `beta` and `gap` (`Transition.gap`) are logged with the loss, to every tracker.
+    - `Transition.auxiliary_loss` is added to the loss, whatever is accumulated; what computes the loss must not do so.
+    - `beta` and `gap` (`Transition.gap`) are logged with the loss, and `auxiliary_loss` where the recipe has
+      distillation, to every tracker.
     - `load_best_model_at_end` and early stopping see no model from before the end of the transition.
 
     Afterwards call `transition.finish()`.
@@ -56,11 +58,12 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
         self._evaluate_blend = evaluate_blend
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
         self._tied_names: dict[str, Any] = {}
+        self._auxiliary: tuple[Tensor | float, int] = (0.0, 0)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
-        """Put the evaluation and the log of the Trainer that was just made under this transition."""
+        """Put the loss, the evaluation and the log of the Trainer that was just made under this transition."""
         self._attach(_trainer_of(self))
 
     def on_train_begin(
@@ -141,7 +144,19 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
         if trainer in self._attached:
             return
         self._attached.add(trainer)
-        evaluation_loop, log = trainer.evaluation_loop, trainer.log
+        compute_loss, evaluation_loop, log = trainer.compute_loss, trainer.evaluation_loop, trainer.log
+
+        def with_auxiliary_loss(model: nn.Module, inputs: Any, *arguments: Any, **settings: Any) -> Any:
+            result = compute_loss(model, inputs, *arguments, **settings)
+            if not (model.training and self.transition.active and self.transition.recipe.distillation):
+                return result
+            with trainer.accelerator.autocast():
+                auxiliary = self.transition.auxiliary_loss()
+            total, count = self._auxiliary
+            self._auxiliary = total + auxiliary.detach(), count + 1
+            if _is_scaled(trainer, settings.get("num_items_in_batch")):
+                auxiliary = auxiliary / trainer.current_gradient_accumulation_steps
+            return (result[0] + auxiliary, *result[1:]) if isinstance(result, tuple) else result + auxiliary
 
         def both_forms(*arguments: Any, metric_key_prefix: str = "eval", **settings: Any) -> Any:
             if not self.transition.active:
@@ -158,8 +173,12 @@ class TransitionCallback(TrainerCallback):  # type: ignore[misc]
                 logs = logs | {"beta": self.transition.beta}
                 gap = self.transition.gap()
                 logs |= {} if gap is None else {"gap": gap}
+                total, count = self._auxiliary
+                logs |= {"auxiliary_loss": float(total) / count} if count else {}
+                self._auxiliary = (0.0, 0)
             log(logs, *arguments, **settings)
 
+        trainer.compute_loss = with_auxiliary_loss
         trainer.evaluation_loop, trainer.log = both_forms, log_with_beta
 
 
@@ -177,6 +196,18 @@ def last_complete_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     steps = sorted((int(m[1]) for name in names if (m := re.fullmatch(r"checkpoint-(\d+)", name))), reverse=True)
     paths = (Path(folder) / f"checkpoint-{step}" for step in steps)
     return next((str(path) for path in paths if _is_complete(path)), None)
+
+
+def _is_scaled(trainer: Any, items: Any) -> bool:
+    """Whether the Trainer takes the loss of a part of a step's examples as it is, and does not divide it by the parts.
+
+    It does so where the loss is a sum over the part by the number of items in the whole step.
+    """
+    # Not every version has it.
+    said = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if said is not None:
+        return bool(said)
+    return (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
 
 
 def _forget_best(state: TrainerState) -> None:

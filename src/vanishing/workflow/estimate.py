@@ -86,7 +86,7 @@ def estimate(settings: Settings, output: Path) -> Estimate:
         batch = {name: values.to(device) for name, values in batch_of(job.encoded, size).items()}
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
             value: torch.Tensor = model(**batch).loss
-        return value
+            return value + transition.auxiliary_loss()
 
     memory = estimate_memory(transition, loss, settings.batch_size, accumulate=settings.accumulate > 1)
     return Estimate(job, plan, dense_bytes, small_bytes, transition.end, memory, process_bytes)
