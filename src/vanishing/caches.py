@@ -120,6 +120,29 @@ def check_alone(caches: Sequence[Any], places: Iterable[int], who: str) -> None:
             raise _filled_before(who)
 
 
+def hold_place(cache: Any, number: int, hidden: Tensor) -> None:
+    """Let a layer of a cache count tokens, of which it holds next to nothing.
+
+    Args:
+        cache: a cache of transformers.
+        number: number of the layer.
+        hidden: (batch, tokens, features), what the layer would be computed from.
+    """
+    attention = _single([cache])[0]
+    layer = attention.layers[number] if number < len(attention.layers) else None
+    states: dict[int, bool] = {} if layer is None else vars(layer).get("has_previous_state", {})
+    states.update(dict.fromkeys(states, True))
+    if layer is not None and not hasattr(layer, "get_seq_length"):
+        # Linear attention has states alone.
+        return
+    heads = sizes = None
+    if layer is not None and layer.is_initialized:
+        heads, sizes = layer.keys.shape[1], (layer.keys.shape[-1], layer.values.shape[-1])
+    batch, tokens = hidden.shape[:2]
+    keys, values = (hidden.new_zeros(batch, heads or 1, tokens, size) for size in sizes or (1, 1))
+    attention.update(keys, values, number)
+
+
 def _single(caches: Sequence[Any]) -> list[Any]:
     """The caches, with the two that an encoder-decoder cache consists of in its place."""
     library: Any = sys.modules["transformers.cache_utils"]

@@ -48,6 +48,12 @@ def is_below(name: str, module: str) -> bool:
     return not module or name == module or name.startswith(f"{module}.")
 
 
+def drop_hooks(module: nn.Module) -> None:
+    """Take all hooks from a module that is a copy of another one, to whose place those belong."""
+    for name in _HOOKS:
+        module.__dict__[name] = type(module.__dict__[name])()
+
+
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give a module the hooks of another one; hooks that it has of its own run inside of those."""
     for name in _HOOKS:
