@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from vanishing.calibration import Observer
 from vanishing.compressors.base import BlockCompressor
 from vanishing.errors import ConfigError
-from vanishing.places import drop_hooks
 from vanishing.structure import Group, Unit, cut, find_groups
 
 _DAMPING = 1e-3
@@ -138,6 +137,4 @@ def _own_feed_forward(block: nn.Module, group: Group) -> nn.Module:
         # Settings, which all layers share.
         own_things = (nn.Module, Tensor, dict)
         memo |= {id(v): v for v in vars(module).values() if hasattr(v, "__dict__") and not isinstance(v, own_things)}
-    narrow = copy.deepcopy(block, memo)
-    drop_hooks(narrow)
-    return narrow
+    return copy.deepcopy(block, memo)
