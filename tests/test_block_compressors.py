@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torchvision
+import torchvision  # type: ignore[import-untyped]
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
 import vanishing
 from architectures import ARCHITECTURES, Architecture, images, loss_of
-from loops import mlp
+from loops import mlp, states_equal
 from test_block_caches import MODELS as LANGUAGE_MODELS
 from test_block_caches import prompt, scores
 from vanishing import (
@@ -29,6 +29,7 @@ from vanishing import (
     NarrowFeedForward,
     Recipe,
     RecipeError,
+    Replace,
     SkipBlock,
     StepSchedule,
 )
@@ -47,40 +48,36 @@ class Case:
     names: tuple[str, ...]
 
 
+BERT_LAYERS = ("bert.encoder.layer.0", "bert.encoder.layer.1")
+ALBERT_LAYER = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+RESNET_BLOCKS = ("layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1")
+RESNET_CONVS = ("layer4.0.conv1", "layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2")
+LLAMA_MLPS = ("model.layers.0.mlp", "model.layers.1.mlp")
+
+
+def case(name: str | Architecture, key: str, compressor: BlockCompressor, *names: str) -> Case:
+    return Case(ARCHITECTURES[name] if isinstance(name, str) else name, key, compressor, names or (key,))
+
+
 CASES = {
-    "skip_bert": Case(
-        ARCHITECTURES["bert"], "*.layer.?", SkipBlock(), ("bert.encoder.layer.0", "bert.encoder.layer.1")
-    ),
-    "skip_bert_attention": Case(
-        ARCHITECTURES["bert"], "*.layer.1.attention", SkipBlock(), ("bert.encoder.layer.1.attention",)
-    ),
-    "skip_vit": Case(ARCHITECTURES["vit"], "vit.layers.1", SkipBlock(), ("vit.layers.1",)),
-    "skip_llama": Case(ARCHITECTURES["llama"], "model.layers.0", SkipBlock(), ("model.layers.0",)),
-    "skip_mixtral": Case(ARCHITECTURES["mixtral"], "model.layers.1", SkipBlock(), ("model.layers.1",)),
-    "skip_albert": Case(
-        ARCHITECTURES["albert"], "*albert_layers.0", SkipBlock(), ("albert.encoder.albert_layer_groups.0.albert_layers.0",)
-    ),
-    "skip_encoder": Case(ARCHITECTURES["encoder"], "encoder.layers.1", SkipBlock(), ("encoder.layers.1",)),
-    "skip_timm_vit": Case(ARCHITECTURES["timm_vit"], "*blocks*", SkipBlock(), ("blocks.0", "blocks.1")),
-    "skip_resnet": Case(
-        RESNET, "layer*", SkipBlock(), ("layer1.0", "layer1.1", "layer2.1", "layer3.1", "layer4.1")
-    ),
-    "skip_timm_resnet": Case(TIMM_RESNET, "layer2.?", SkipBlock(), ("layer2.1",)),
-    "skip_convnext": Case(ARCHITECTURES["timm_convnext"], "stages.2.*", SkipBlock(), ("stages.2.blocks.0", "stages.2.blocks.1")),
-    "narrow_bert": Case(
-        ARCHITECTURES["bert"], "*.layer.?", NarrowFeedForward(ratio=0.25), ("bert.encoder.layer.0", "bert.encoder.layer.1")
-    ),
-    "narrow_vit": Case(ARCHITECTURES["vit"], "*.mlp", NarrowFeedForward(ratio=0.5), ("vit.layers.0.mlp", "vit.layers.1.mlp")),
-    "narrow_llama": Case(
-        ARCHITECTURES["llama"], "*.mlp", NarrowFeedForward(ratio=0.5, calibrated=True), ("model.layers.0.mlp", "model.layers.1.mlp")
-    ),
-    "narrow_timm_vit": Case(ARCHITECTURES["timm_vit"], "*", NarrowFeedForward(ratio=0.3), ("blocks.0.mlp", "blocks.1.mlp")),
-    "separable_resnet": Case(
-        RESNET, "layer4.*", DepthwiseSeparable(),
-        ("layer4.0.conv1", "layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2"),
-    ),
-    "separable_timm_resnet": Case(ARCHITECTURES["timm_resnet"], "layer1.*", DepthwiseSeparable(), ("layer1.0.conv1", "layer1.0.conv2")),
-}  # fmt: skip
+    "skip_bert": case("bert", "*.layer.?", SkipBlock(), *BERT_LAYERS),
+    "skip_bert_attention": case("bert", "bert.encoder.layer.1.attention", SkipBlock()),
+    "skip_vit": case("vit", "vit.layers.1", SkipBlock()),
+    "skip_llama": case("llama", "model.layers.0", SkipBlock()),
+    "skip_mixtral": case("mixtral", "model.layers.1", SkipBlock()),
+    "skip_albert": case("albert", "*albert_layers.0", SkipBlock(), ALBERT_LAYER),
+    "skip_encoder": case("encoder", "encoder.layers.1", SkipBlock()),
+    "skip_timm_vit": case("timm_vit", "*blocks*", SkipBlock(), "blocks.0", "blocks.1"),
+    "skip_resnet": case(RESNET, "layer*", SkipBlock(), *RESNET_BLOCKS),
+    "skip_timm_resnet": case(TIMM_RESNET, "layer2.?", SkipBlock(), "layer2.1"),
+    "skip_convnext": case("timm_convnext", "stages.2.*", SkipBlock(), "stages.2.blocks.0", "stages.2.blocks.1"),
+    "narrow_bert": case("bert", "*.layer.?", NarrowFeedForward(ratio=0.25), *BERT_LAYERS),
+    "narrow_vit": case("vit", "*.mlp", NarrowFeedForward(ratio=0.5), "vit.layers.0.mlp", "vit.layers.1.mlp"),
+    "narrow_llama": case("llama", "*.mlp", NarrowFeedForward(ratio=0.5, calibrated=True), *LLAMA_MLPS),
+    "narrow_timm_vit": case("timm_vit", "*", NarrowFeedForward(ratio=0.3), "blocks.0.mlp", "blocks.1.mlp"),
+    "separable_resnet": case(RESNET, "layer4.*", DepthwiseSeparable(), *RESNET_CONVS),
+    "separable_timm_resnet": case("timm_resnet", "layer1.*", DepthwiseSeparable(), "layer1.0.conv1", "layer1.0.conv2"),
+}
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -130,6 +127,27 @@ def test_at_beta_1_nothing_changes_and_at_the_end_the_model_is_small_and_survive
     loaded = vanishing.load(tmp_path / "small", fresh).eval()
     assert torch.equal(outputs(loaded, case), expected)
     assert str(vanishing.summary(loaded)) == str(vanishing.summary(model))
+
+
+@each_case
+@pytest.mark.parametrize("split", [1, 3])
+def test_a_split_run_changes_no_bit(case: Case, split: int) -> None:
+    def run(until: int, state: Any = None) -> Any:
+        model, transition = prepared(case)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        parts = {"model": model, "optimizer": optimizer, "transition": transition}
+        for name, part in parts.items() if state else ():
+            part.load_state_dict(state[name])
+        for step in range(transition.steps_done, until):
+            loss_of(model(**case.architecture.batch(step)), step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            transition.step()
+        return copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+
+    whole, resumed = run(5), run(5, run(split))
+    assert whole["transition"] == resumed["transition"]
+    assert states_equal(whole["model"], resumed["model"])
 
 
 # Skipped blocks
@@ -354,7 +372,7 @@ def test_what_cannot_be_separated_is_left(layer: nn.Module, reason: str) -> None
 
 def test_blocks_that_do_not_fit_are_in_the_plan_with_the_reason() -> None:
     plan = Recipe({"layer*.?": SkipBlock()}, schedule=LinearSchedule(steps=2)).match(RESNET.build())
-    assert [row.name for row in plan.rows if row.outcome == "compress"] == list(CASES["skip_resnet"].names)
+    assert [row.name for row in plan.rows if row.outcome == "compress"] == list(RESNET_BLOCKS)
     assert not plan.problems
 
 
@@ -370,3 +388,38 @@ def test_short_form() -> None:
     transition.seek(2)
     transition.finish()
     assert [type(layer) for layer in model] == [nn.Sequential, nn.ReLU, nn.Sequential]
+
+
+# What a block multiplies
+
+
+def test_the_products_of_a_block_are_those_of_its_layers() -> None:
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), nn.Linear(8, 2)
+    )
+    replacement = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8))
+    recipe = Recipe({"1": Replace(lambda _: replacement, name="of products")}, schedule=StepSchedule(at=1))
+    transition = vanishing.prepare(model, recipe)
+    x = torch.randn(5, 6)
+    for inputs, positions in ((None, 1), (x, 5)):
+        row = vanishing.summary(model, inputs).rows[1]
+        assert (row.before.multiply_accumulates, row.after.multiply_accumulates) == (256 * positions, 64 * positions)
+    assert transition.beta == 1 and model[1].beta == 1
+    transition.step()
+    transition.finish()
+    for inputs, positions in ((None, 1), (x, 5)):
+        report = vanishing.summary(model, inputs)
+        assert report.rows[1].after.multiply_accumulates == 64 * positions
+        assert report.after.multiply_accumulates == (48 + 64 + 16) * positions
+        assert report.rows[1].before.multiply_accumulates is None
+
+
+def test_a_skipped_block_multiplies_nothing() -> None:
+    model = RESNET.build()
+    transition = vanishing.prepare(model, Recipe({"layer1.0": SkipBlock()}, schedule=StepSchedule(at=0)))
+    x = images()["x"]
+    (row,) = [row for row in vanishing.summary(model, x).rows if row.name == "layer1.0"]
+    assert row.before.multiply_accumulates == 2 * 64 * 64 * 9 * 4 * 8 * 8 and row.after.multiply_accumulates == 0
+    transition.finish()
+    (row,) = [row for row in vanishing.summary(model, x).rows if row.name == "layer1.0"]
+    assert row.after.multiply_accumulates == 0 == row.after.parameters < row.before.parameters

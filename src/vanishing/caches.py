@@ -159,7 +159,7 @@ def _twin_of(layer: Any) -> Any | None:
         return vars(layer).get(_TWIN)
     twin = copy.deepcopy(layer)
     vars(layer)[_TWIN] = twin
-    layer.__class__ = _with_twin(type(layer))
+    layer.__class__ = _with_twin(type(layer))  # type: ignore[arg-type]
     return twin
 
 
@@ -183,7 +183,7 @@ def _contents(layer: Any) -> list[Tensor]:
 
 
 @functools.cache
-def _with_twin(kind: type) -> type:
+def _with_twin(kind: Any) -> type:
     """A subclass whose layers have a twin to which happens what happens to them."""
 
     def on_both(name: str) -> Any:

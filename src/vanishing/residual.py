@@ -93,9 +93,9 @@ def _idle_tensors(block: nn.Module) -> dict[str, Tensor]:
         # Products with the weights of many experts at once need their memory.
         tensors[name] = value.contiguous() if parameter.dim() == 3 else value
     for name, buffer in block.named_buffers():
-        value = ends.get(name.rpartition(".")[2])
-        if value is not None:
-            tensors[name] = torch.full_like(buffer, value)
+        statistic = ends.get(name.rpartition(".")[2])
+        if statistic is not None:
+            tensors[name] = torch.full_like(buffer, statistic)
     return tensors
 
 

@@ -29,6 +29,7 @@ from vanishing import (
     Replace,
     Rule,
     Score,
+    SkipBlock,
     Staggered,
     TransitionError,
 )
@@ -76,6 +77,7 @@ TECHNIQUES: dict[str, dict[Any, Compressor | Rule]] = {
             LowRank(rank=2) | MagnitudePruning(0.5), schedules=(SCHEDULE, LinearSchedule(start=3, steps=3))
         )
     },
+    "skip": {"1": SkipBlock()},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class DepthwiseSeparable(BlockCompressor):
         refusal = self.refusal(block)
         if refusal is not None or not isinstance(block, nn.Conv2d):
             raise ConfigError(f"DepthwiseSeparable cannot replace a {type(block).__name__}: {refusal}.")
-        options = {"device": block.weight.device, "dtype": block.weight.dtype}
+        options: dict[str, Any] = {"device": block.weight.device, "dtype": block.weight.dtype}
         depthwise = nn.Conv2d(
             block.in_channels,
             block.in_channels,
