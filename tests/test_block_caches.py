@@ -249,3 +249,14 @@ def test_a_training_whose_forward_makes_a_cache_is_that_without() -> None:
         losses.append([loss, *(p.grad for p in model.parameters())])
     for got, expected in zip(*losses, strict=True):
         assert torch.equal(got, expected)
+
+
+def test_a_compiled_model_with_a_cache_gives_what_it_gives_without() -> None:
+    model, transition = prepared("llama_one_layer")
+    transition.seek(2)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    ids = prompt()["input_ids"]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        torch.testing.assert_close(compiled(ids, use_cache=True).logits, expected, rtol=1e-4, atol=1e-5)
