@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -234,6 +235,53 @@ def test_a_finished_model_is_plain_small_and_survives_the_file(job: str, tmp_pat
     assert_plain(loaded, original)
     assert ties(loaded) == ties(original)
     assert_same_bits(evaluate(loaded, architecture), evaluate(model, architecture))
+
+
+@torch.no_grad()
+def other_weights(block: nn.Module) -> nn.Module:
+    """A copy of a block with half its weights."""
+    new = copy.deepcopy(block)
+    for parameter in new.parameters():
+        parameter.mul_(0.5)
+    return new
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if each.slow else []) for name, each in ARCHITECTURES.items()],
+)
+def test_replaced_blocks_from_the_first_step_to_the_file(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    modules = dict(architecture.build().named_modules())
+    named = [path for path, module in modules.items() if path and any(True for _ in module.parameters())]
+    depth = min(1, max(path.count(".") for path in named))
+    pattern = re.compile("|".join(re.escape(path) for path in named if path.count(".") == depth))
+    replace = vanishing.Replace(other_weights, name="other weights of architectures")
+
+    def run(until: int, state: Any = None) -> Any:
+        model = architecture.build()
+        transition = vanishing.prepare(model, vanishing.Recipe({pattern: replace}, schedule=LinearSchedule(steps=4)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "transition": transition}
+        for part in parts if state else ():
+            parts[part].load_state_dict(state[part])
+        for step in range(transition.steps_done, until):
+            loss_of(model(**architecture.batch(step)), step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            transition.step()
+        return parts
+
+    assert_same_bits(evaluate(run(0)["model"], architecture), evaluate(architecture.build(), architecture))
+    half = {part: each.state_dict() for part, each in run(SPLIT).items()}
+    whole, resumed = run(END), run(END, half)
+    assert_same_bits(resumed["model"].state_dict(), whole["model"].state_dict())
+    model = whole["model"]
+    expected = evaluate(model, architecture)
+    whole["transition"].finish()
+    assert_same_bits(evaluate(model, architecture), expected)
+    vanishing.save(model, tmp_path / "small")
+    assert_same_bits(evaluate(load(tmp_path / "small", architecture), architecture), expected)
 
 
 def load(path: Path, architecture: Architecture) -> nn.Module:

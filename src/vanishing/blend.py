@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import weakref
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
+from vanishing.caches import SeparateCaches, cache_places, caches_among, check_alone
 from vanishing.compressors.base import Beta, CompressedWeight
 from vanishing.distributed import is_distributed
 from vanishing.errors import TransitionError
@@ -298,32 +300,43 @@ class BlendedBlock(Blend):
         super().__init__()
         self.original = original
         self.replacement = replacement
-        self._result = f"{name}(...)"
+        self._name = name
+        self._cache_places = cache_places(original, replacement)
         # Not `train()`, which would thaw a normalization that is kept in evaluation mode inside of the block.
         self.training = original.training
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Return `beta f(...) + (1 - beta) g(...)` for every floating tensor of the outputs."""
-        if self.vanished:
-            return with_idle(self.replacement(*arguments, **keywords), self.original.parameters(), copy=True)
-        beta = self.current_beta()
-        comparison = self.comparison if self.comparison is not None and self.comparison.is_wanted() else None
+        beta, vanished = self.current_beta(), self.vanished
         is_original = isinstance(beta, float) and beta == 1.0
-        if is_original and comparison is None:
-            return with_idle(self.original(*arguments, **keywords), self.replacement.parameters(), copy=True)
-        before = _versions(arguments, keywords)
+        caches = caches_among(arguments, keywords) if self._cache_places else []
+        compared = not vanished and self.comparison is not None and self.comparison.is_wanted()
+        if compared or not (vanished or is_original):
+            return (self._with_caches if caches else self._between)(arguments, keywords, beta, caches)
+        if caches and not torch.compiler.is_compiling():
+            check_alone(caches, self._cache_places, repr(self._name))
+        running, idle = (self.replacement, self.original) if vanished else (self.original, self.replacement)
+        return with_idle(running(*arguments, **keywords), idle.parameters(), copy=True)
+
+    def _between(self, arguments: tuple[Any, ...], keywords: dict[str, Any], beta: Beta, caches: list[Any]) -> Any:
+        before = _writes(arguments, keywords)
+        separate = SeparateCaches(caches, self._cache_places, repr(self._name)) if caches else None
         original = self.original(*arguments, **keywords)
-        if before != _versions(arguments, keywords):
+        if not _same(before, _writes(arguments, keywords)):
             raise TransitionError(
-                f"the original of {self._result} writes into its input, which the replacement would then get instead. "
-                f"Let it write into a copy (inplace=False), or replace a block around it."
+                f"the original of {self._name}(...) writes into its input, which the replacement would then get "
+                f"instead. Let it write into a copy (inplace=False), or replace a block around it."
             )
-        replacement = self.replacement(*arguments, **keywords)
-        if comparison is not None:
-            comparison.keep(original, replacement)
-        if is_original:
+        with contextlib.nullcontext() if separate is None else separate.of_replacement():
+            replacement = self.replacement(*arguments, **keywords)
+        if self.comparison is not None and self.comparison.is_wanted():
+            self.comparison.keep(original, replacement)
+        if isinstance(beta, float) and beta == 1.0:
             return with_idle(original, self.replacement.parameters(), copy=True)
-        return blend_outputs(original, replacement, beta, self._result)
+        return blend_outputs(original, replacement, beta, f"{self._name}(...)")
+
+    # A cache's layers are exchanged in between, which no graph can hold; the forms themselves are compiled.
+    _with_caches = torch.compiler.disable(_between, recursive=False)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -411,12 +424,32 @@ def _combined(original: Any, replacement: Any, path: str, combine: Callable[[Ten
     return replacement
 
 
-def _versions(*inputs: Any) -> list[int]:
-    """How often each tensor among the inputs was written to."""
+def _writes(*inputs: Any) -> list[tuple[Tensor, int]]:
+    """Every tensor among the inputs, in containers and objects too, and how often it was written to."""
     if torch.compiler.is_compiling():
         return []
-    leaves = tree_leaves(inputs)
-    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+    found: list[tuple[Tensor, int]] = []
+    seen: set[int] = set()
+    waiting = tree_leaves(inputs)
+    while waiting:
+        leaf = waiting.pop()
+        if isinstance(leaf, Tensor):
+            found.append((leaf, 0 if leaf.is_inference() else leaf._version))
+        elif _is_opaque(leaf) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            waiting += tree_leaves(vars(leaf))
+    return found
+
+
+def _is_opaque(value: Any) -> bool:
+    """Whether a value is an object that may hold tensors for a block to change, as a cache of the user's own does."""
+    # A cache of transformers is known, and kept apart for the two forms.
+    return hasattr(value, "__dict__") and not callable(value) and not caches_among([value], {})
+
+
+def _same(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> bool:
+    pairs = zip(before, after, strict=False)
+    return len(before) == len(after) and all(a is b and old == new for (a, old), (b, new) in pairs)
 
 
 def _holds_tensors(output: Any) -> bool:

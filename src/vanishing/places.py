@@ -48,6 +48,17 @@ def is_below(name: str, module: str) -> bool:
     return not module or name == module or name.startswith(f"{module}.")
 
 
+def drop_copied_hooks(module: nn.Module, original: nn.Module) -> None:
+    """Take from a module the hooks that it has as a copy of another one, whose place it will take with them."""
+    for name in _HOOKS:
+        if name.endswith("_hooks"):
+            own, there = module.__dict__[name], original.__dict__[name]
+            for key in [key for key, hook in own.items() if there.get(key) is hook]:
+                for each in _HOOKS:
+                    if each.startswith(name):
+                        module.__dict__[each].pop(key, None)
+
+
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give a module the hooks of another one; hooks that it has of its own run inside of those."""
     for name in _HOOKS:

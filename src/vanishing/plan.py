@@ -295,7 +295,7 @@ class _Planner:
         if isinstance(compressor, BlockCompressor):
             if isinstance(candidate.module, _UNCALLED):
                 return "it only holds other modules and is never called"
-            return None
+            return compressor.refusal(candidate.module)
         assert isinstance(compressor, WeightCompressor)
         if candidate.kind is None:
             hint = f", or write {candidate.name + '.*'!r} for the layers below" if isinstance(pattern, Glob) else ""

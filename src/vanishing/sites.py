@@ -27,7 +27,7 @@ from vanishing.distributed import whole
 from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import ConfigError, TransitionError
 from vanishing.layers import Factored
-from vanishing.places import Places
+from vanishing.places import Places, drop_copied_hooks
 from vanishing.plan import Plan, PlannedBlock, PlannedWeight
 from vanishing.random_state import random_state_kept
 from vanishing.receipt import FinishedLayer
@@ -277,6 +277,9 @@ class BlockSite(Site):
         self.rule = planned.rule
         self.compressor = planned.compressor
         replacement = planned.compressor.build(planned.block)
+        if any(isinstance(module, (BlendedBlock, BlendedWeight)) for module in replacement.modules()):
+            raise ConfigError("the replacement is in a transition of its own. Finish that one in the factory.")
+        drop_copied_hooks(replacement, planned.block)
         self.blend = BlendedBlock(planned.block, replacement, planned.name)
         device = next((p.device for p in planned.block.parameters()), None)
         if device is not None:

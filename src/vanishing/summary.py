@@ -121,9 +121,11 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     layers = list(_layers(model, finished))
     if not layers:
         raise ValueError(f"summary: {type(model).__name__} has no parameters to sum up.")
-    passes = _count_passes(model, [module for _, module in layers], example_inputs)
+    blocks = {m for name, m in layers if _is_block(m, finished.get(name))}
+    counted = [m for _, m in layers if m not in blocks] + [m for block in blocks for m in _layers_within(block)]
+    passes = _count_passes(model, counted, example_inputs)
     seen: set[int] = set()
-    rows = (_row(name, module, finished, passes[module], seen) for name, module in layers)
+    rows = (_row(name, module, finished, passes, seen) for name, module in layers)
     return Summary(tuple(rows))
 
 
@@ -142,12 +144,33 @@ def _layers(model: nn.Module, finished: dict[str, FinishedLayer]) -> Iterator[tu
 
 def _is_whole(module: nn.Module, finished: FinishedLayer | None) -> bool:
     """Whether one row stands for a module with all that is in it."""
-    replaced = finished is not None and finished.structure == "replaced"
-    return isinstance(module, (Factored, BlendedBlock)) or parametrize.is_parametrized(module) or replaced
+    return isinstance(module, Factored) or parametrize.is_parametrized(module) or _is_block(module, finished)
+
+
+def _is_block(module: nn.Module, finished: FinishedLayer | None) -> bool:
+    """Whether a module has taken the place of a block, or will."""
+    return isinstance(module, BlendedBlock) or (finished is not None and finished.structure == "replaced")
+
+
+def _layers_within(block: nn.Module) -> Iterator[nn.Module]:
+    """Every layer in a block that multiplies with a weight, and what else has parameters of its own."""
+    whole: set[nn.Module] = set()
+    for module in block.modules():
+        if module not in whole and (
+            isinstance(module, Factored)
+            or parametrize.is_parametrized(module)
+            or any(True for _ in module.parameters(recurse=False))
+        ):
+            whole |= set(module.modules())
+            yield module
 
 
 def _row(
-    name: str, module: nn.Module, finished: Mapping[str, FinishedLayer], passes: Passes, seen: set[int]
+    name: str,
+    module: nn.Module,
+    finished: Mapping[str, FinishedLayer],
+    passes: Mapping[nn.Module, Passes],
+    seen: set[int],
 ) -> SummaryRow:
     whole = _is_whole(module, finished.get(name))
     within = {layer: done for layer, done in finished.items() if layer == name or (whole and is_below(layer, name))}
@@ -157,7 +180,9 @@ def _row(
         parameters=sum(t.numel() for t, _ in after),
         nonzeros=sum(int(t.count_nonzero()) for t, _ in after),
         bytes=sum(p.nbytes for t, g in after for p in encode(t, g).parts.values()),
-        multiply_accumulates=_products(module, passes),
+        multiply_accumulates=_products_of(
+            module.replacement if isinstance(module, BlendedBlock) else module, finished.get(name), passes
+        ),
     )
     # What was done to the layer itself, then to those that it is made of now.
     techniques = dict.fromkeys(repr(within[layer].compressor) for layer in sorted(within, key=len))
@@ -192,9 +217,20 @@ def _final_tensors(
             yield parameter.detach(), grids.get(join(layer, name)), id(parameter)
 
 
-def _size_before(module: nn.Module, finished: FinishedLayer | None, after: Size, passes: Passes) -> Size:
+def _products_of(module: nn.Module, finished: FinishedLayer | None, passes: Mapping[nn.Module, Passes]) -> int | None:
+    """Multiply-accumulates of a layer, or of all layers in a block."""
+    if module in passes and not _is_block(module, finished):
+        return _products(module, passes[module])
+    products = [_products(layer, passes[layer]) for layer in _layers_within(module)]
+    return None if None in products else sum(n for n in products if n is not None)
+
+
+def _size_before(
+    module: nn.Module, finished: FinishedLayer | None, after: Size, passes: Mapping[nn.Module, Passes]
+) -> Size:
     if finished is not None:
-        products = None if finished.structure == "replaced" else _dense_products(module, passes)
+        # What a block's original multiplied is gone with it.
+        products = None if finished.structure == "replaced" else _dense_products(module, passes[module])
         if products is not None and finished.narrowed_from is not None:
             products = products * math.prod(finished.narrowed_from) // _weights(module)
         return Size(finished.parameters_before, None, finished.bytes_before, products)
@@ -202,7 +238,11 @@ def _size_before(module: nn.Module, finished: FinishedLayer | None, after: Size,
         original = list(_original_parameters(module))
         count = sum(p.numel() for p in original)
         nonzeros = sum(int(p.count_nonzero()) for p in original)
-        return Size(count, nonzeros, sum(p.nbytes for p in original), _dense_products(module, passes))
+        if isinstance(module, BlendedBlock):
+            products = _products_of(module.original, None, passes)
+        else:
+            products = _dense_products(module, passes[module])
+        return Size(count, nonzeros, sum(p.nbytes for p in original), products)
     return after
 
 
@@ -260,18 +300,22 @@ def _count_passes(model: nn.Module, modules: list[nn.Module], example_inputs: An
     def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         counted[module] += _passes(module, inputs, output)
 
-    handles = [module.register_forward_hook(count) for module in modules]
+    handles = [module.register_forward_hook(count) for module in counted]
+    betas = {m: (m.beta, m.fading) for m in model.modules() if isinstance(m, BlendedBlock)}
     try:
+        for block in betas:
+            # So that both forms run.
+            block.set_beta(0.5, fading=True)
         call(model, example_inputs)
     finally:
+        for block, (beta, fading) in betas.items():
+            block.set_beta(beta, fading=fading)
         for handle in handles:
             handle.remove()
-    return {m: Passes(None, None) if isinstance(m, BlendedBlock) else passes for m, passes in counted.items()}
+    return counted
 
 
 def _one_pass(module: nn.Module) -> Passes:
-    if isinstance(module, BlendedBlock):
-        return Passes(None, None)
     first = module[0] if isinstance(module, Factored) else module
     return Passes(0 if isinstance(first, nn.Embedding) else 1, 1)
 

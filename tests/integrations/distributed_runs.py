@@ -30,6 +30,7 @@ from vanishing import (
     Replace,
     Rule,
     Score,
+    SkipBlock,
     Staggered,
     Teacher,
     TransitionError,
@@ -83,6 +84,7 @@ TECHNIQUES: dict[str, dict[Any, Compressor | Rule]] = {
         "1.feed_forward.*": LowRank(rank=2),
         "*.attention": MagnitudePruning(0.5),
     },
+    "skip": {"1": SkipBlock()},
 }
 DISTILLATION = [LocalLoss(weight=0.3, every=2), Teacher(features=("0", "1.feed_forward"))]
 

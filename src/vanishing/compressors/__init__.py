@@ -13,10 +13,13 @@ from vanishing.compressors.base import (
 )
 from vanishing.compressors.binary import Binary
 from vanishing.compressors.chain import Chain
+from vanishing.compressors.feed_forward import NarrowFeedForward
 from vanishing.compressors.low_rank import LowRank
 from vanishing.compressors.magnitude_pruning import MagnitudePruning, Score
 from vanishing.compressors.quantization import Quantization
 from vanishing.compressors.replace import Replace
+from vanishing.compressors.separable import DepthwiseSeparable
+from vanishing.compressors.skip import SkipBlock
 from vanishing.compressors.structured import HeadPruning, StructuredPruning, WidthPruning
 from vanishing.compressors.ternary import Ternary
 
@@ -26,17 +29,20 @@ __all__ = [
     "Chain",
     "CompressedWeight",
     "Compressor",
+    "DepthwiseSeparable",
     "Gradient",
     "HeadPruning",
     "LayerView",
     "LowRank",
     "MagnitudePruning",
     "Moment",
+    "NarrowFeedForward",
     "ProjectedWeight",
     "ProjectionCompressor",
     "Quantization",
     "Replace",
     "Score",
+    "SkipBlock",
     "StructuredPruning",
     "Ternary",
     "WeightCompressor",

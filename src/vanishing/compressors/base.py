@@ -309,6 +309,10 @@ class BlockCompressor(Compressor):
     def build(self, block: nn.Module) -> nn.Module:
         """Return the compressed form of a block, a new module; the block is not changed."""
 
+    def refusal(self, block: nn.Module) -> str | None:
+        """Return why a rule does not take a block that its pattern matches, None where it does."""
+        return None
+
     def observer(self, block: nn.Module) -> Observer | None:
         """Return what looks at a block in the calibration pass, None for a technique that needs none."""
         return None
