@@ -19,14 +19,30 @@ class OptimizerWatch:
     """Knows every optimizer that has made a step since it was made, without keeping it alive.
 
     Args:
-        before: called before every step of any optimizer; must not hold what would hold the watch.
+        before: called with any optimizer before a step of it, when the gradients are there; must not hold what would
+            hold the watch.
     """
 
-    def __init__(self, before: Callable[[], None]) -> None:
+    def __init__(self, before: Callable[[Optimizer], None]) -> None:
         seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
-        def prepare(*_: Any) -> None:
-            before()
+        def prepare(
+            optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            # As a method's: the first of the arguments is the optimizer.
+            closure = keywords.get("closure", arguments[1] if len(arguments) > 1 else None)
+            if not callable(closure):
+                before(optimizer)
+                return None
+
+            def gradients_and_more() -> Any:
+                loss = closure()
+                before(optimizer)
+                return loss
+
+            if "closure" in keywords:
+                return arguments, keywords | {"closure": gradients_and_more}
+            return (arguments[0], gradients_and_more, *arguments[2:]), keywords
 
         def remember(optimizer: Optimizer, *_: Any) -> None:
             seen.add(optimizer)

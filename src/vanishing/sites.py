@@ -64,6 +64,10 @@ class Site(ABC):
     def forms(self) -> Iterator[CompressedWeight]:
         """Yield every compressed weight of the site."""
 
+    @abstractmethod
+    def latent_weights(self) -> Iterator[tuple[nn.Parameter, CompressedWeight]]:
+        """Yield every weight that a compressed one is computed from, with that form."""
+
     @property
     @abstractmethod
     def original_parameters(self) -> list[nn.Parameter]:
@@ -125,6 +129,15 @@ class WeightSite(Site):
         for module in self.blend.modules():
             if isinstance(module, CompressedWeight):
                 yield module
+
+    def latent_weights(self) -> Iterator[tuple[nn.Parameter, CompressedWeight]]:
+        form = self.blend.form
+        if isinstance(form, LowRankWeight):
+            for blend, factor in form.factor_blends().values():
+                yield cast(nn.Parameter, factor), blend.form
+            return
+        for weight in dict.fromkeys(self._weights()):
+            yield weight, form
 
     @property
     def original_parameters(self) -> list[nn.Parameter]:
@@ -246,6 +259,9 @@ class BlockSite(Site):
             self.compressor.calibrate(self.blend.replacement, self._observer)
 
     def forms(self) -> Iterator[CompressedWeight]:
+        return iter(())
+
+    def latent_weights(self) -> Iterator[tuple[nn.Parameter, CompressedWeight]]:
         return iter(())
 
     @property

@@ -22,6 +22,7 @@ from vanishing.inputs import call
 from vanishing.optimizers import OptimizerWatch, exchange, held_ids, join, leave, unheld_problems
 from vanishing.places import Places
 from vanishing.plan import Plan, make_plan
+from vanishing.pulls import add_pulls
 from vanishing.random_state import random_state_restored_on_error
 from vanishing.receipt import FinishedLayer, Receipt, extend_receipt
 from vanishing.recipe import Recipe
@@ -155,7 +156,7 @@ class Transition:
         self._frozen: list[nn.Parameter] = []
         self._relative = recipe
         # A weak method, as the hook of the watch lives as long as the watch.
-        self._optimizers = OptimizerWatch(_called_weakly(self._drop_idle_gradients))
+        self._optimizers = OptimizerWatch(_called_weakly(self._complete_gradients))
         self._checked_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     # The clock
@@ -471,12 +472,13 @@ class Transition:
             sites = [s for s in self._sites if s.rule == number and isinstance(s, WeightSite)]
             if not sites or not isinstance(rule.compressor, WeightCompressor):
                 continue
-            settled = self._is_settled(number, self._step)
+            strength, settled = self._strengths(self._step)[number]
             was_settled = previous is not None and self._is_settled(number, previous)
             just_settled = settled and previous is not None and not was_settled
             forms = [s.blend.form for s in sites]
             weights = [s.weight.detach() for s in sites]
-            moment = Moment(self._step, arriving or just_settled, settled, was_settled)
+            left = 1.0 - (1.0 - self._betas[number](self._step)) * strength
+            moment = Moment(self._step, arriving or just_settled, settled, was_settled, left)
             rule.compressor.update(forms, weights, moment)
 
     @contextlib.contextmanager
@@ -530,6 +532,11 @@ class Transition:
         stays = {id(p) for p in self.model.parameters()}
         leave(self._optimizers.seen, [p for p in parameters if id(p) not in stays])
 
+    def _complete_gradients(self, optimizer: Optimizer) -> None:
+        """Before a step of an optimizer, when the gradients are there."""
+        self._drop_idle_gradients()
+        add_pulls(self._sites, optimizer)
+
     def _drop_idle_gradients(self) -> None:
         """Leave parameters of the form that does not run without a gradient, not with the zeros of `with_idle`."""
         if not is_distributed():
@@ -581,12 +588,12 @@ def _merged(first: FinishedLayer, second: FinishedLayer) -> FinishedLayer:
     return FinishedLayer(first.compressor, first.structure, first.parameters_before, first.bytes_before, grids)
 
 
-def _called_weakly(method: Callable[[], None]) -> Callable[[], None]:
+def _called_weakly(method: Callable[[Optimizer], None]) -> Callable[[Optimizer], None]:
     reference = weakref.WeakMethod(method)
 
-    def call_if_alive() -> None:
+    def call_if_alive(optimizer: Optimizer) -> None:
         alive = reference()
         if alive is not None:
-            alive()
+            alive(optimizer)
 
     return call_if_alive

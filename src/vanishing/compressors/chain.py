@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from vanishing.calibration import Observer
@@ -139,8 +140,25 @@ class ChainedWeight(ProjectedWeight):
         for part in self._projections():
             passed = part.inside(matrix)
             if passed is not None:
-                result = passed if result is None else result & passed
+                result = passed if result is None else _both(result, passed)
             matrix = part.project(matrix)
+        return result
+
+    @property
+    def pulls(self) -> bool:
+        return any(part.pulls for part in self._projections())
+
+    def matrix_pull(self, matrix: Tensor) -> Tensor | None:
+        first, *rest = self._projections()
+        result, masked = first.matrix_pull(matrix), first.project(matrix)
+        inner = masked
+        for part in rest:
+            pulled = part.matrix_pull(inner)
+            if pulled is not None:
+                # What was pruned stays zero, which nothing is rounded to.
+                pulled.mul_(masked.ne(0))
+                result = pulled if result is None else result.add_(pulled)
+            inner = part.project(inner)
         return result
 
     def matrix_grid(self, matrix: Tensor) -> Grid | None:
@@ -151,3 +169,8 @@ class ChainedWeight(ProjectedWeight):
 
     def _projections(self) -> list[ProjectedWeight]:
         return [cast(ProjectedWeight, part) for part in self.parts]
+
+
+def _both(first: Tensor, second: Tensor) -> Tensor:
+    """What passes two gates, each a boolean matrix or one of shares."""
+    return first & second if first.dtype is second.dtype is torch.bool else first * second

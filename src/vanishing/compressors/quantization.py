@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vanishing.compressors.base import Gradient, ProjectionCompressor
+from vanishing.compressors.base import Gradient, ProjectionCompressor, check_gradient
 from vanishing.compressors.blocks import block_sizes, from_blocks, grid_scale, stored_scale, to_blocks, total
 from vanishing.errors import ConfigError
 from vanishing.granularity import Granularity, PerChannel, PerGroup, PerTensor
@@ -35,6 +35,10 @@ class Quantization(ProjectionCompressor):
             bfloat16.
         symmetric: whether the codes are signed around 0.
         gradient: `Gradient.STRAIGHT_THROUGH` or `Gradient.CLIPPED`.
+        damping: the factor lambda by which weights are drawn to the values that they are rounded to, so that they do
+            not go back and forth between two (Nagel et al., arXiv 2203.11086, section 4): before each optimizer step
+            the gradient of `(1 - beta) * lambda * |g(w) - clip(w)|^2` is added to the weight's, with `g(w)` held and
+            `clip` to the range of the codes; 0 for none.
 
     Raises:
         ConfigError: a value is out of range, or one bit is asked to be asymmetric.
@@ -45,6 +49,9 @@ class Quantization(ProjectionCompressor):
     granularity: PerTensor | PerChannel | PerGroup = PerChannel()
     symmetric: bool = True
     gradient: Gradient = Gradient.STRAIGHT_THROUGH
+    damping: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="a factor of rounding errors, at least 0")
+    ] = 0.0
 
     @property
     def ramps(self) -> bool:
@@ -65,19 +72,28 @@ class Quantization(ProjectionCompressor):
             return None
         return within_range(matrix, annealed(self.bits, strength), self.granularity, self.symmetric)
 
+    @property
+    def pulls(self) -> bool:
+        return self.damping > 0
+
+    def pull(self, matrix: Tensor, strength: float) -> Tensor | None:
+        bits = annealed(self.bits, strength)
+        if not self.pulls or not bits:
+            return None
+        blocks = to_blocks(matrix, self.granularity)
+        scale, zero_point = scales(matrix, blocks, bits, self.granularity, self.symmetric)
+        inside = from_blocks(within(blocks, bits, scale, zero_point), matrix)
+        return damping_gradient(matrix, self.project(matrix, strength), inside, self.damping)
+
     def grid(self, matrix: Tensor, layout: Layout) -> Grid:
         blocks = to_blocks(matrix, self.granularity)
-        if self.bits == 1:
-            scale, zero_point = binary_scale(matrix, blocks, self.granularity), None
-        else:
-            scale, zero_point = affine(blocks, self.bits, self.granularity, self.symmetric)
+        scale, zero_point = scales(matrix, blocks, self.bits, self.granularity, self.symmetric)
         return make_grid(self.bits, scale, zero_point, self.granularity, layout)
 
 
 def check_quantizer_gradient(config: ProjectionCompressor, gradient: Gradient) -> None:
     """Raise `ConfigError` for a gradient that a quantizer does not have."""
-    if gradient is Gradient.EXACT:
-        raise ConfigError(f"{type(config).__name__}(gradient=EXACT): rounding has no derivative. Use STRAIGHT_THROUGH.")
+    check_gradient(config, gradient, (Gradient.STRAIGHT_THROUGH, Gradient.CLIPPED))
 
 
 def make_grid(bits: int, scale: Tensor, zero_point: Tensor | None, granularity: Granularity, layout: Layout) -> Grid:
@@ -99,9 +115,9 @@ def quantize(matrix: Tensor, bits: int, granularity: Granularity, symmetric: boo
     if bits == 0:
         return matrix.clone()
     blocks = to_blocks(matrix, granularity)
+    scale, zero_point = scales(matrix, blocks, bits, granularity, symmetric)
     if bits == 1:
-        return from_blocks(torch.copysign(binary_scale(matrix, blocks, granularity), blocks), matrix)
-    scale, zero_point = affine(blocks, bits, granularity, symmetric)
+        return from_blocks(torch.copysign(scale, blocks), matrix)
     low, high = code_range(bits, zero_point is None)
     codes = (blocks / scale).round_()
     if zero_point is None:
@@ -112,6 +128,15 @@ def quantize(matrix: Tensor, bits: int, granularity: Granularity, symmetric: boo
 def code_range(bits: int, signed: bool) -> tuple[int, int]:
     """Return the smallest and the largest code."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def scales(
+    matrix: Tensor, blocks: Tensor, bits: int, granularity: Granularity, symmetric: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return scale and zero point of each block of a matrix, see `affine`; with 1 bit, the scale of the signs."""
+    if bits == 1:
+        return binary_scale(matrix, blocks, granularity), None
+    return affine(blocks, bits, granularity, symmetric)
 
 
 def affine(blocks: Tensor, bits: int, granularity: Granularity, symmetric: bool) -> tuple[Tensor, Tensor | None]:
@@ -152,6 +177,20 @@ def within_range(matrix: Tensor, bits: int, granularity: Granularity, symmetric:
     low, high = code_range(bits, zero_point is None)
     codes = codes if zero_point is None else codes.add_(zero_point)
     return from_blocks((codes >= low) & (codes <= high), matrix)
+
+
+def damping_gradient(matrix: Tensor, rounded: Tensor, inside: Tensor, factor: float) -> Tensor:
+    """Return the gradient of `factor * |rounded - clip(w)|^2` by w, with `rounded` held."""
+    return (matrix - rounded).mul_(inside).mul_(2 * factor)
+
+
+def within(blocks: Tensor, bits: int, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Return where a weight lies between the smallest and the largest value of its block's grid."""
+    if bits == 1:
+        return blocks.abs() <= scale
+    low, high = code_range(bits, zero_point is None)
+    zero = 0 if zero_point is None else zero_point
+    return (blocks >= (low - zero) * scale) & (blocks <= (high - zero) * scale)
 
 
 def within_scale(matrix: Tensor, granularity: Granularity) -> Tensor:
