@@ -181,6 +181,22 @@ def straight_through(weight: Tensor, compressed: Tensor) -> Tensor:
     return weight + (compressed - weight).detach()
 
 
+def decaying(weight: Tensor, pruned: Tensor, left: float) -> Tensor:
+    """The pruned weight, with the gradient of its mask where weights are kept and a share of it where they are not."""
+    kept = (pruned.detach() != 0).to(weight.dtype)
+    return straight_through(weight * (kept + (1 - kept) * left), pruned)
+
+
+def decay_of_pruned(weight: Tensor, pruned: Tensor, factor: float) -> Tensor:
+    """The regularizer behind SR-STE (2102.04010): its gradient is `factor * (1 - mask) * w`."""
+    return factor / 2 * ((1 - (pruned.detach() != 0).to(weight.dtype)) * weight).square().sum()
+
+
+def damping(weight: Tensor, rounded: Tensor, smallest: Tensor, largest: Tensor, factor: float) -> Tensor:
+    """Oscillation dampening (2203.11086): the squared distance of the clipped weight from where it is rounded to."""
+    return factor * (rounded.detach() - torch.minimum(torch.maximum(weight, smallest), largest)).square().sum()
+
+
 def blend_outputs(beta: float, original: Callable[..., Any], compressed: Callable[..., Any], *inputs: Any) -> Tensor:
     """Equation 1 of the paper: both forms run in full, their outputs added up."""
     return beta * original(*inputs) + (1 - beta) * compressed(*inputs)

@@ -165,7 +165,7 @@ def test_a_learning_rate_schedule_goes_on_through_the_end() -> None:
 def test_a_watch_knows_who_made_a_step_until_it_is_closed() -> None:
     model = mlp()
     calls: list[int] = []
-    watch = OptimizerWatch(lambda: calls.append(len(list(watch.seen))))
+    watch = OptimizerWatch(lambda _: calls.append(len(list(watch.seen))))
     optimizer, late = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
     assert not list(watch.seen)
     model(batch()).sum().backward()

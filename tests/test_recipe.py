@@ -325,7 +325,8 @@ PRUNINGS = st.builds(
     MagnitudePruning,
     sparsity=st.floats(0, 1),
     granularity=st.sampled_from([PerTensor(), PerChannel(), Global()]),
-    gradient=st.sampled_from([Gradient.STRAIGHT_THROUGH, Gradient.EXACT]),
+    gradient=st.sampled_from([Gradient.STRAIGHT_THROUGH, Gradient.EXACT, Gradient.DECAYING]),
+    decay=st.floats(0, 1),
     freeze=st.booleans(),
     update_every=st.integers(1, 100),
 ) | st.builds(MagnitudePruning, granularity=st.builds(NM, n=st.integers(1, 3), m=st.integers(4, 8)))

@@ -19,7 +19,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import vanishing
-from vanishing import Binary, Compressor, LinearSchedule, LowRank, MagnitudePruning, Replace, Score, TransitionError
+from vanishing import (
+    Binary,
+    Compressor,
+    Gradient,
+    LinearSchedule,
+    LowRank,
+    MagnitudePruning,
+    Quantization,
+    Replace,
+    Score,
+    TransitionError,
+)
 from vanishing.integrations.fsdp import finish_gathered
 
 STEPS, BATCH = 10, 8
@@ -50,6 +61,11 @@ def narrow(block: nn.Module) -> nn.Module:
 
 TECHNIQUES: dict[str, dict[Any, Compressor]] = {
     "pruning": {"*": MagnitudePruning(0.5)},
+    "drawn": {
+        "*.feed_forward.0": MagnitudePruning(0.5, gradient=Gradient.DECAYING, decay=0.1),
+        "*.feed_forward.2": LowRank(rank=2) | Quantization(bits=3, damping=0.1),
+        "*": Quantization(bits=3, damping=0.1),
+    },
     "binary": {"*": Binary()},
     "low_rank": {"*.feed_forward.*": LowRank(rank=2)},
     "calibrated": {
