@@ -87,6 +87,14 @@ TECHNIQUES: dict[str, Technique] = {
         Quantization(bits=2, granularity=PerTensor(), symmetric=False, gradient=Gradient.CLIPPED), quick=True
     ),
     "3_bits_damped": Technique(Quantization(bits=3, damping=0.1), quick=True),
+    "3_bits_searched": Technique(Quantization(bits=3, clip=0.4), quick=True),
+    "2_bits_asymmetric_searched_ragged_groups": Technique(
+        Quantization(bits=2, symmetric=False, granularity=PerGroup(size=5), gradient=Gradient.CLIPPED, clip=0.3)
+    ),
+    "pruned_3_bits_searched": Technique(
+        MagnitudePruning(0.6) | Quantization(3, granularity=PerTensor(), clip=0.4, damping=0.1)
+    ),
+    "low_rank_3_bits_searched": Technique(LowRank(ratio=0.5) | Quantization(3, clip=0.4), ("factors",)),
     "binary": Technique(Binary(), quick=True),
     "binary_per_tensor": Technique(Binary(granularity=PerTensor())),
     "binary_ragged_groups": Technique(Binary(granularity=PerGroup(size=5))),

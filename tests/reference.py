@@ -112,6 +112,40 @@ def quantize_asymmetric(weight: Tensor, bits: int, scale_type: torch.dtype | Non
     return (((weight / scale).round() + zero_point).clamp(0, top) - zero_point) * scale
 
 
+def search_scale(
+    weight: Tensor,
+    bits: int,
+    lowest: float,
+    *,
+    symmetric: bool = True,
+    importance: Tensor | None = None,
+    scale_type: torch.dtype | None = None,
+) -> Tensor:
+    """Of 21 shares of the range from 1 down to `lowest`, the rounding with the least (weighted) squared error."""
+    best, least = weight, math.inf
+    for number in range(21):
+        rounded = _rounded(weight, bits, 1 - (1 - lowest) * number / 20, symmetric, scale_type)
+        errors = (rounded - weight) ** 2
+        error = float((errors if importance is None else errors * importance).sum())
+        if error < least:
+            best, least = rounded, error
+    return best
+
+
+def _rounded(weight: Tensor, bits: int, share: float, symmetric: bool, scale_type: torch.dtype | None) -> Tensor:
+    """A vector rounded to a grid over a share of its range."""
+    top = 2**bits - 1
+    low, high = share * weight.min().clamp(max=0), share * weight.max().clamp(min=0)
+    span = 2 * share * weight.abs().max() if symmetric else high - low
+    scale = _stored(span / top, scale_type)
+    if scale == 0:
+        return torch.zeros_like(weight)
+    if symmetric:
+        return (weight / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+    zero_point = (-low / scale).round().clamp(0, top)
+    return (((weight / scale).round() + zero_point).clamp(0, top) - zero_point) * scale
+
+
 def quantize_groups(weight: Tensor, size: int, quantize: Callable[[Tensor], Tensor]) -> Tensor:
     """Every `size` consecutive columns of a row quantized on their own; the last group may be shorter."""
     return torch.stack([torch.cat([quantize(group) for group in row.split(size)]) for row in weight])

@@ -77,6 +77,7 @@ EXAMPLES: list[Config] = [
     Quantization(bits=4),
     Quantization(bits=8, granularity=PerGroup(size=32), symmetric=False, gradient=Gradient.CLIPPED),
     Quantization(bits=2, damping=1e-3),
+    Quantization(bits=3, clip=0.5, weighted=True),
     Binary(),
     Binary(granularity=PerTensor()),
     Ternary(),

@@ -470,6 +470,13 @@ def test_steps_that_are_no_number_of_steps(steps: Any) -> None:
         (lambda: MagnitudePruning(0.5, gradient=Gradient.CLIPPED), ["only a quantizer has a range. Use EXACT"]),
         (lambda: MagnitudePruning(0.5, decay=-1.0), ["MagnitudePruning(decay=-1.0): decay is a factor of the pruned"]),
         (lambda: Quantization(bits=4, damping=-1.0), ["Quantization(damping=-1.0): damping is a factor of rounding"]),
+        (lambda: Quantization(bits=4, clip=0.0), ["Quantization(clip=0.0): clip is a share of the range"]),
+        (lambda: Quantization(bits=1, clip=0.5), ["Quantization(bits=1, clip=0.5)", "Leave clip out"]),
+        (lambda: Quantization(bits=4, weighted=True), ["Give the least share of the range, as in clip=0.5, too"]),
+        (
+            lambda: MagnitudePruning(0.5) | Quantization(bits=4, clip=0.5, weighted=True),
+            ["looks at the inputs of a layer as it is", "use weighted=False"],
+        ),
         (lambda: Quantization(4, gradient=Gradient.DECAYING), ["only the gradient of pruned weights can decay"]),
         (lambda: MagnitudePruning(0.5, granularity=wrong("row")), ["MagnitudePruning(granularity='row')"]),
         (lambda: NM(n=4, m=4), ["NM(n=4, m=4): n is smaller than m. Lower n or raise m."]),

@@ -49,9 +49,16 @@ def in_transition(compressor: Compressor, step: int, **options: object) -> tuple
     return model, model.get_parameter("0.parametrizations.weight.original")
 
 
+def blended(model: nn.Sequential) -> Tensor:
+    """The weight that the layer uses."""
+    weight = model[0].weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def one_step(model: nn.Sequential) -> None:
     """Gradient descent without frills."""
-    loss(model[0].weight).backward()  # type: ignore[arg-type]
+    loss(blended(model)).backward()
     torch.optim.SGD(model.parameters(), lr=RATE).step()
 
 
@@ -90,11 +97,11 @@ def test_a_decaying_gradient_goes_from_straight_through_to_the_mask(step: int) -
 def test_under_a_ramp_the_gradient_decays_with_what_is_left_of_it() -> None:
     technique = MagnitudePruning(0.5, gradient=Gradient.DECAYING)
     model, latent = in_transition(technique, 4, schedule=StepSchedule(at=0), ramp=LinearSchedule(steps=LENGTH))
-    kept = model[0].weight != 0  # type: ignore[union-attr]
-    assert int((~kept).sum()) == round(0.5 * 0.4 * 48)  # type: ignore[union-attr]
-    model[0].weight.sum().backward()  # type: ignore[union-attr, operator]
+    used = blended(model)
+    assert int((used == 0).sum()) == round(0.5 * 0.4 * 48)
+    used.sum().backward()
     assert latent.grad is not None
-    torch.testing.assert_close(latent.grad, torch.where(kept, 1.0, 0.6).double(), rtol=1e-6, atol=0)  # type: ignore[call-overload]
+    torch.testing.assert_close(latent.grad, torch.where(used != 0, 1.0, 0.6).double(), rtol=1e-6, atol=0)
 
 
 def test_a_decaying_gradient_continues_from_a_saved_state() -> None:
@@ -105,7 +112,7 @@ def test_a_decaying_gradient_continues_from_a_saved_state() -> None:
     again.load_state_dict(first.state_dict())
     transition.load_state_dict({"steps_done": 4, "recipe": transition.state_dict()["recipe"]})
     for model in (first, again):
-        loss(model[0].weight).backward()  # type: ignore[arg-type]
+        loss(blended(model)).backward()
     gradients = [m.get_parameter("0.parametrizations.weight.original").grad for m in (first, again)]
     assert gradients[0] is not None and gradients[1] is not None
     assert torch.equal(gradients[0], gradients[1])
@@ -133,7 +140,7 @@ def test_under_a_frozen_mask_nothing_decays() -> None:
 
 def accumulated(model: nn.Sequential) -> None:
     for part in X.split(3):
-        (loss(model[0].weight, part) / 4).backward()  # type: ignore[arg-type]
+        (loss(blended(model), part) / 4).backward()
     torch.optim.SGD(model.parameters(), lr=RATE).step()
 
 
@@ -142,7 +149,7 @@ def closed(model: nn.Sequential) -> None:
 
     def closure() -> float:
         optimizer.zero_grad()
-        loss(model[0].weight).backward()  # type: ignore[arg-type]
+        loss(blended(model)).backward()
         return 1.0
 
     for parameter in model.parameters():
@@ -152,7 +159,7 @@ def closed(model: nn.Sequential) -> None:
 
 def closed_by_keyword(model: nn.Sequential) -> None:
     def closure() -> float:
-        loss(model[0].weight).backward()  # type: ignore[arg-type]
+        loss(blended(model)).backward()
         return 1.0
 
     assert torch.optim.SGD(model.parameters(), lr=RATE).step(closure=closure) == 1.0
@@ -161,7 +168,7 @@ def closed_by_keyword(model: nn.Sequential) -> None:
 def scaled(model: nn.Sequential, *, fused: bool = False) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, fused=fused)
-    scaler.scale(loss(model[0].weight)).backward()  # type: ignore[arg-type]
+    scaler.scale(loss(blended(model))).backward()
     scaler.step(optimizer)
 
 
@@ -170,7 +177,7 @@ def scaled_and_fused(model: nn.Sequential) -> None:
 
 
 def beside_another_optimizer(model: nn.Sequential) -> None:
-    loss(model[0].weight).backward()  # type: ignore[arg-type]
+    loss(blended(model)).backward()
     other = nn.Linear(2, 2)
     other(torch.randn(1, 2)).sum().backward()
     torch.optim.SGD(other.parameters(), lr=RATE).step()
@@ -178,7 +185,7 @@ def beside_another_optimizer(model: nn.Sequential) -> None:
 
 
 def read_twice(model: nn.Sequential) -> None:
-    (loss(model[0].weight) / 2 + loss(model[0].weight) / 2).backward()  # type: ignore[arg-type]
+    (loss(blended(model)) / 2 + loss(blended(model)) / 2).backward()
     torch.optim.SGD(model.parameters(), lr=RATE).step()
 
 
@@ -270,7 +277,8 @@ def test_damped_weights_change_their_codes_less_often() -> None:
             optimizer.zero_grad()
             transition.step()
             with transition.compressed():
-                codes = (model[0].weight.detach() / model[0].weight.abs().amax(1, keepdim=True) * 2).round()  # type: ignore[union-attr, operator]
+                used = blended(model).detach()
+            codes = (2 * used / used.abs().amax(1, keepdim=True)).round()
             count += int((codes != before).sum()) if step >= 20 else 0
             before = codes
         changes.append(count)
@@ -322,7 +330,7 @@ def test_a_decaying_and_a_clipped_gradient_multiply() -> None:
     model, latent = in_transition(technique, 4)
     with torch.no_grad():
         latent[0] = torch.tensor([0.001, -0.001, 0.002, 9.0, 5.0, -5.0, 8.9, -8.9])
-    model[0].weight.sum().backward()  # type: ignore[union-attr, operator]
+    blended(model).sum().backward()
     # All of it; of a pruned weight's, what is left; beyond the range nothing of the compressed form.
     assert latent.grad is not None
     assert sorted({round(each, 6) for each in latent.grad.flatten().tolist()}) == [0.6, 0.6 + 0.4 * 0.6, 1.0]
@@ -337,9 +345,9 @@ def test_factors_are_drawn_as_weights_are() -> None:
         before = factor.detach().clone()
         one_step(model)
         updates.append((before, factor.detach() - before))
-    (factor, without), (_, damped) = updates
-    free = factor.clone().requires_grad_()
-    grids = [grid(row, 3, True, None) for row in factor]
+    (start, without), (_, damped) = updates
+    free = start.clone().requires_grad_()
+    grids = [grid(row, 3, True, None) for row in start]
     torch.stack(
         [reference.damping(row, *each, factor=0.2) for row, each in zip(free, grids, strict=True)]
     ).sum().backward()

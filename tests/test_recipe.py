@@ -332,7 +332,13 @@ PRUNINGS = st.builds(
 ) | st.builds(MagnitudePruning, granularity=st.builds(NM, n=st.integers(1, 3), m=st.integers(4, 8)))
 QUANTIZERS = st.one_of(
     st.builds(
-        Quantization, bits=st.integers(2, 8), granularity=SCALES, symmetric=st.booleans(), gradient=QUANTIZER_GRADIENTS
+        Quantization,
+        bits=st.integers(2, 8),
+        granularity=SCALES,
+        symmetric=st.booleans(),
+        gradient=QUANTIZER_GRADIENTS,
+        damping=st.floats(0, 1),
+        clip=st.floats(0.1, 1),
     ),
     st.builds(Binary, granularity=SCALES, gradient=QUANTIZER_GRADIENTS),
     st.builds(Ternary, granularity=SCALES, gradient=QUANTIZER_GRADIENTS),

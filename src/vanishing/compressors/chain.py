@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from vanishing.compressors.low_rank import LowRank, LowRankWeight, layer_view
 from vanishing.compressors.magnitude_pruning import MagnitudePruning, Score
 from vanishing.compressors.quantization import Quantization
 from vanishing.compressors.structured import StructuredPruning
+from vanishing.distributed import whole
 from vanishing.errors import ConfigError
 from vanishing.layers.base import LayerKind, Layout
 from vanishing.receipt import Grid
@@ -71,6 +73,11 @@ class Chain(WeightCompressor):
                 "after LowRank, pruning acts on its factors, of which calibration batches tell nothing. Use "
                 "Score.MAGNITUDE."
             )
+        if any(isinstance(part, Quantization) and part.weighted for part in parts[1:]):
+            raise ConfigError(
+                "Quantization(weighted=True) looks at the inputs of a layer as it is. After another technique use "
+                "weighted=False."
+            )
 
     def refusal(self, kind: LayerKind) -> str | None:
         return next((reason for c in self.compressors if (reason := c.refusal(kind))), None)
@@ -106,8 +113,13 @@ class Chain(WeightCompressor):
             first.update(forms, weights, moment)
             rest.update([blend.form for blend, _ in factors], [weight for _, weight in factors], moment)
             return
-        # Only a mask is kept between steps, and the mask comes first: it is selected on the latent weight.
-        first.update([cast(ProjectedWeight, cast(ChainedWeight, f).parts[0]) for f in forms], weights, moment)
+        # A mask comes first: it is selected on the latent weight. Of the others only the last keeps something.
+        chained = cast(Sequence[ChainedWeight], forms)
+        first.update([form.part(0) for form in chained], weights, moment)
+        last = self.compressors[-1]
+        if isinstance(last, Quantization):
+            pairs = zip(chained, weights, strict=True)
+            last.renew([form.part(-1) for form in chained], (partial(form.before_last, w) for form, w in pairs), moment)
 
     def _rest(self) -> WeightCompressor:
         rest = self.compressors[1:]
@@ -162,10 +174,20 @@ class ChainedWeight(ProjectedWeight):
         return result
 
     def matrix_grid(self, matrix: Tensor) -> Grid | None:
-        *before, last = self._projections()
-        for part in before:
+        return self.part(-1).matrix_grid(self._before_last(matrix))
+
+    def part(self, number: int) -> ProjectedWeight:
+        """Return one of the projections."""
+        return self._projections()[number]
+
+    def before_last(self, weight: Tensor) -> Tensor:
+        """Return the matrix that the last projection sees."""
+        return self._before_last(self.layout.to_matrix(whole(weight)))
+
+    def _before_last(self, matrix: Tensor) -> Tensor:
+        for part in self._projections()[:-1]:
             matrix = part.project(matrix)
-        return last.matrix_grid(matrix)
+        return matrix
 
     def _projections(self) -> list[ProjectedWeight]:
         return [cast(ProjectedWeight, part) for part in self.parts]
