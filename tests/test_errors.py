@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations
-from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import vanishing
 from loops import batch, copied, mlp, states_equal, train
@@ -39,6 +38,7 @@ from vanishing import (
     TransitionError,
     VanishingError,
 )
+from vanishing.optimizers import _watches
 
 FADE = LinearSchedule(steps=4)
 
@@ -100,12 +100,12 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 def refused(model: nn.Module, recipe: Any, *facts: str, error: type[Exception] = RecipeError, **keywords: Any) -> str:
     """Return the message with which `prepare` refuses; it holds all facts, and the model is what it was."""
-    before, bits, watching = everything(model), values(model), len(_global_optimizer_post_hooks)
+    before, bits, watching = everything(model), values(model), len(_watches)
     with pytest.raises(error) as caught:
         vanishing.prepare(model, recipe, **keywords)
     assert everything(model) == before
     # Fewer if an earlier transition was collected meanwhile.
-    assert len(_global_optimizer_post_hooks) <= watching
+    assert len(_watches) <= watching
     assert states_equal(values(model), bits)
     message = str(caught.value)
     for fact in facts:
