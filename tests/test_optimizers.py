@@ -181,16 +181,17 @@ def test_a_watch_knows_who_made_a_step_until_it_is_closed() -> None:
 
 
 def test_a_transition_that_is_forgotten_within_a_step_does_not_break_it() -> None:
-    model, other = mlp(), mlp()
+    model = mlp()
     transition = vanishing.prepare(model, Binary(), steps=4)
-    forgotten = [vanishing.prepare(other, Binary(), steps=4)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    forgotten: list[Any] = []
 
     def forget(*_: Any) -> None:
         forgotten.clear()
         gc.collect()
 
     hook = register_optimizer_step_pre_hook(forget)
+    forgotten.append(vanishing.prepare(mlp(), Binary(), steps=4))
     train(model, transition, 2, optimizer)
     hook.remove()
     assert transition.steps_done == 2
