@@ -1,4 +1,4 @@
-"""Which gradient the latent weights get, and whether they are drawn to zero or to the values they are rounded to.
+"""Which gradient the latent weights get, whether they are drawn to zero or to where they are rounded to, and scales.
 
 A small vision transformer on scikit-learn's digits, compressed by VCON with the budget of `vanishing demo`; every
 variant of a technique starts from the same dense models. Test accuracy of the finished, saved and reloaded models.
@@ -28,6 +28,8 @@ FIRST_SEED = 10
 """Seeds below are those of the demo, whose settings were chosen before."""
 DECAYS = (2e-4, 2e-3, 2e-2)
 DAMPINGS = (1e-4, 1e-3, 1e-2)
+CLIP = 0.3
+"""The least share of the range where scales are searched for."""
 
 
 def main() -> None:
@@ -56,9 +58,13 @@ def prunings(sparsity: float) -> dict[str, Compressor]:
 def quantizations(bits: int) -> dict[str, Compressor]:
     """Return the variants of quantization by what they are called in the table."""
     routes = (Gradient.STRAIGHT_THROUGH, Gradient.CLIPPED)
-    return {route.value: Quantization(bits, gradient=route) for route in routes} | {
-        f"straight-through, damping {damping:g}": Quantization(bits, damping=damping) for damping in DAMPINGS
-    }
+    variants: dict[str, Compressor] = {route.value: Quantization(bits, gradient=route) for route in routes}
+    variants |= {f"straight-through, damping {damping:g}": Quantization(bits, damping=damping) for damping in DAMPINGS}
+    if bits > 1:
+        variants |= {
+            f"{route.value}, scales searched for": Quantization(bits, gradient=route, clip=CLIP) for route in routes
+        }
+    return variants
 
 
 TECHNIQUES = {f"pruned {share:.0%}".replace("%", " %"): prunings(share) for share in (0.9, 0.95)} | {

@@ -23,17 +23,18 @@ def add_pulls(sites: Iterable[Site], optimizer: Optimizer) -> None:
         sites: the places of the transition.
         optimizer: before its step, when the gradients are there.
     """
-    pulled = [(site, *pair) for site in sites if site.blend.beta < 1.0 for pair in site.latent_weights()]
-    pulled = [(site, weight, form) for site, weight, form in pulled if form.pulls and weight.grad is not None]
+    pulled = [
+        (1.0 - site.blend.beta, *pair) for site in sites if site.blend.beta < 1.0 for pair in site.pulled_weights()
+    ]
     if not pulled:
         return
     held = held_ids([optimizer])
     # Set by a `GradScaler` for an optimizer that divides by its scale itself.
     scale = getattr(optimizer, "grad_scale", None)
-    for site, weight, form in pulled:
-        if id(weight) not in held:
+    for share, weight, form in pulled:
+        if id(weight) not in held or weight.grad is None:
             continue
         term = form.pull(whole(weight))
-        if term is not None and weight.grad is not None:
-            term = term.mul_(1.0 - site.blend.beta)
-            weight.grad.add_(spread_like(term if scale is None else term.mul_(scale), weight.grad))
+        if term is not None:
+            term = term.mul_(share if scale is None else share * scale)
+            weight.grad.add_(spread_like(term, weight.grad))

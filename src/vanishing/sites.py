@@ -65,8 +65,8 @@ class Site(ABC):
         """Yield every compressed weight of the site."""
 
     @abstractmethod
-    def latent_weights(self) -> Iterator[tuple[nn.Parameter, CompressedWeight]]:
-        """Yield every weight that a compressed one is computed from, with that form."""
+    def pulled_weights(self) -> Iterator[tuple[nn.Parameter, CompressedWeight]]:
+        """Yield every latent weight whose form pulls at it, with that form."""
 
     @property
     @abstractmethod
@@ -130,14 +130,15 @@ class WeightSite(Site):
             if isinstance(module, CompressedWeight):
                 yield module
 
-    def latent_weights(self) -> Iterator[tuple[nn.Parameter, CompressedWeight]]:
+    def pulled_weights(self) -> Iterator[tuple[nn.Parameter, CompressedWeight]]:
         form = self.blend.form
         if isinstance(form, LowRankWeight):
             for blend, factor in form.factor_blends().values():
-                yield cast(nn.Parameter, factor), blend.form
-            return
-        for weight in dict.fromkeys(self._weights()):
-            yield weight, form
+                if blend.form.pulls:
+                    yield cast(nn.Parameter, factor), blend.form
+        elif form.pulls:
+            for weight in dict.fromkeys(self._weights()):
+                yield weight, form
 
     @property
     def original_parameters(self) -> list[nn.Parameter]:
@@ -261,7 +262,7 @@ class BlockSite(Site):
     def forms(self) -> Iterator[CompressedWeight]:
         return iter(())
 
-    def latent_weights(self) -> Iterator[tuple[nn.Parameter, CompressedWeight]]:
+    def pulled_weights(self) -> Iterator[tuple[nn.Parameter, CompressedWeight]]:
         return iter(())
 
     @property
