@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from vanishing.blend import (
     remove_blended_weight,
 )
 from vanishing.compressors import BlockCompressor, CompressedWeight, Compressor
-from vanishing.compressors.chain import Chain
+from vanishing.compressors.chain import Chain, KeepingZeros
 from vanishing.compressors.low_rank import LowRankWeight
 from vanishing.compressors.structured import TakenUnits
 from vanishing.distributed import whole
@@ -34,6 +35,9 @@ from vanishing.receipt import FinishedLayer
 from vanishing.structure import cut, recount
 
 _TOLERANCE = 1e-5
+
+PulledWeight = tuple[float, nn.Parameter, Callable[[Tensor], Tensor | None]]
+"""A share, a trained weight, and what returns the gradient of a regularizer of it."""
 
 
 class Site(ABC):
@@ -71,6 +75,10 @@ class Site(ABC):
     @abstractmethod
     def forms(self, stage: int) -> Iterator[CompressedWeight]:
         """Yield every compressed weight of a stage."""
+
+    @abstractmethod
+    def pulled_weights(self) -> Iterator[PulledWeight]:
+        """Yield every trained weight that a technique pulls at."""
 
     @property
     @abstractmethod
@@ -159,16 +167,33 @@ class WeightSite(Site):
                     yield module
 
     def selected(self, stage: int) -> list[tuple[CompressedWeight, Tensor]]:
-        """Return the forms that a technique renews after a step, each with its latent weight.
-
-        Only a mask is kept between steps, and it comes first on its weight: it is selected on the latent one.
-        """
+        """Return the forms that a technique renews after a step, each with what the techniques before leave to it."""
         if stage == 0:
             return [(self.blend.form, self.weight.detach())]
+        found = []
+        for blends, weight, first in self._places():
+            form = blends[stage - first].form
+            # What has no buffers keeps nothing between steps.
+            if next(form.buffers(), None) is not None:
+                before = compressed_in_turn(blends[: stage - first], weight.detach())
+                found.append((form.part if isinstance(form, KeepingZeros) else form, before))
+        return found
+
+    def pulled_weights(self) -> Iterator[PulledWeight]:
+        for blends, weight, first in self._places():
+            above = 1.0 - self.blend.beta if first else 1.0
+            for number, blend in enumerate(blends):
+                share = above * (1.0 - blend.beta)
+                if share and blend.form.pulls:
+                    yield share, weight, functools.partial(_pull, blend.form, blends[:number])
+
+    def _places(self) -> Iterator[tuple[list[BlendedWeight], nn.Parameter, int]]:
+        """Each trained weight with the blends that act on it in turn, and the stage of the first of them."""
         form = self.blend.form
-        if stage > 1 or not isinstance(form, LowRankWeight):
-            return []
-        return [(blends[0].form, weight.detach()) for blends, weight in form.factor_blends().values()]
+        if isinstance(form, LowRankWeight):
+            yield from ((blends, cast(nn.Parameter, factor), 1) for blends, factor in form.factor_blends().values())
+        else:
+            yield from ((self._blends, weight, 0) for weight in dict.fromkeys(self._weights()))
 
     @property
     def original_parameters(self) -> list[nn.Parameter]:
@@ -295,6 +320,9 @@ class BlockSite(Site):
     def forms(self, stage: int) -> Iterator[CompressedWeight]:
         return iter(())
 
+    def pulled_weights(self) -> Iterator[PulledWeight]:
+        return iter(())
+
     @property
     def original_parameters(self) -> list[nn.Parameter]:
         return list(self.blend.original.parameters())
@@ -350,6 +378,10 @@ def build_block_sites(plan: Plan) -> list[BlockSite]:
         except ConfigError as error:
             plan.problems.append(f"{block.name!r} cannot be replaced: {error}")
     return sites
+
+
+def _pull(form: CompressedWeight, before: Sequence[BlendedWeight], weight: Tensor) -> Tensor | None:
+    return form.pull(compressed_in_turn(before, weight))
 
 
 def _make_factors_plain(plain: Factored) -> None:

@@ -26,6 +26,7 @@ from vanishing.inputs import call
 from vanishing.optimizers import OptimizerWatch, exchange, held_ids, join, leave, unheld_problems
 from vanishing.places import Places
 from vanishing.plan import Plan, make_plan
+from vanishing.pulls import add_pulls
 from vanishing.random_state import random_state_restored_on_error
 from vanishing.receipt import FinishedLayer, Receipt, extend_receipt
 from vanishing.recipe import Recipe
@@ -166,7 +167,7 @@ class Transition:
         self._auxiliary: AuxiliaryLoss | None = None
         self._relative = recipe
         # A weak method, as the hook of the watch lives as long as the watch.
-        self._optimizers = OptimizerWatch(_called_weakly(self._drop_idle_gradients))
+        self._optimizers = OptimizerWatch(_called_weakly(self._complete_gradients))
         self._checked_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     # The clock
@@ -566,12 +567,10 @@ class Transition:
             sites = [s for s in self._sites if s.rule == number and isinstance(s, WeightSite)]
             if not sites or not isinstance(rule.compressor, WeightCompressor):
                 continue
-            stages = (
-                rule.compressor.compressors
-                if rule.schedules and isinstance(rule.compressor, Chain)
-                else (rule.compressor,)
-            )
-            for stage, compressor in enumerate(stages):
+            chain = rule.compressor if rule.schedules and isinstance(rule.compressor, Chain) else None
+            for stage, compressor in enumerate([rule.compressor] if chain is None else chain.compressors):
+                if compressor.decays:
+                    self._decay(number, stage)
                 selected = [pair for site in sites for pair in site.selected(stage)]
                 if not selected:
                     continue
@@ -580,6 +579,15 @@ class Transition:
                 just_settled = settled and previous is not None and not was_settled
                 moment = Moment(self._step, arriving or just_settled, settled, was_settled)
                 compressor.update([form for form, _ in selected], [weight for _, weight in selected], moment)
+
+    def _decay(self, rule: int, stage: int) -> None:
+        """Tell the forms of one technique how much of its fade and ramp is left."""
+        strength, _ = self._strengths(self._step)[rule, stage]
+        drive = self._driven_by[rule, stage]
+        for (site, number), beta in zip(drive.targets, drive.betas(self._step), strict=True):
+            if site.rule == rule and number == stage:
+                for form in site.forms(stage):
+                    form.decay_to(1.0 - (1.0 - beta) * strength)
 
     @contextlib.contextmanager
     def _overridden(self, beta: float) -> Iterator[None]:
@@ -634,6 +642,11 @@ class Transition:
         """Take parameters out of the optimizers, but for those that the model still has somewhere."""
         stays = {id(p) for p in self.model.parameters()}
         leave(self._optimizers.seen, [p for p in parameters if id(p) not in stays])
+
+    def _complete_gradients(self, optimizer: Optimizer) -> None:
+        """Before a step of an optimizer, when the gradients are there."""
+        self._drop_idle_gradients()
+        add_pulls(self._sites, optimizer)
 
     def _drop_idle_gradients(self) -> None:
         """Leave parameters of the form that does not run without a gradient, not with the zeros of `with_idle`."""
@@ -700,12 +713,12 @@ def _decided(slow: Any, count: int) -> list[list[tuple[int, int]]]:
     return spans
 
 
-def _called_weakly(method: Callable[[], None]) -> Callable[[], None]:
+def _called_weakly(method: Callable[[Optimizer], None]) -> Callable[[Optimizer], None]:
     reference = weakref.WeakMethod(method)
 
-    def call_if_alive() -> None:
+    def call_if_alive(optimizer: Optimizer) -> None:
         alive = reference()
         if alive is not None:
-            alive()
+            alive(optimizer)
 
     return call_if_alive
