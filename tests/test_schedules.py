@@ -261,6 +261,14 @@ def test_shares_of_100_percent_together_end_with_the_training(start: int, length
     assert schedule.end == max(length, schedule.begin + 1)
 
 
+@given(st.integers(0, 500), st.integers(0, 500), st.integers(1, 10**6))
+def test_a_deadline_that_is_the_end_as_a_share_is_the_end_in_steps(start: int, steps: int, length: int) -> None:
+    fade = LinearSchedule(start=f"{start / 10:g}%", steps=f"{steps / 10:g}%")
+    relative = Adaptive(fade, limit=0.1, deadline=f"{(start + steps) / 10:g}%")
+    assert relative.is_relative
+    assert relative.resolved(length).end - fade.resolved(length).end in (0, 1)
+
+
 def test_a_step_schedule_at_a_share() -> None:
     assert StepSchedule(at="40%").resolved(314) == StepSchedule(at=126)
     assert StepSchedule(at="0%").resolved(314)(0) == 0.0

@@ -365,8 +365,12 @@ class Adaptive(Schedule):
         return isinstance(self.deadline, str)
 
     def resolved(self, length: int) -> Self:
-        deadline = round(_exact(self.deadline, length))
-        return dataclasses.replace(self, schedule=self.schedule.resolved(length), deadline=deadline)
+        schedule, exact = self.schedule.resolved(length), _exact(self.deadline, length)
+        deadline = max(round(exact), 1)
+        if schedule.end <= exact + 1.5:
+            # A share is meant to the nearest step, and a fall takes one at least.
+            deadline = max(deadline, schedule.end)
+        return dataclasses.replace(self, schedule=schedule, deadline=deadline)
 
     def spread(self, names: Sequence[str]) -> list[Schedule]:
         return self.schedule.spread(names)

@@ -236,6 +236,29 @@ def test_a_recipe_file_says_it_all(tmp_path: Path, texts: tuple[Path, Path]) -> 
     assert "classifier" in json.loads((tmp_path / "small" / "vanishing.json").read_text())["modules"]
 
 
+def test_a_recipe_file_has_schedules_of_single_layers_and_techniques(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    bert, table = texts
+    linear = vanishing.LinearSchedule
+    chain = vanishing.Rule(
+        vanishing.MagnitudePruning(0.5) | vanishing.Quantization(bits=4),
+        schedules=(linear(steps="30%"), linear(start="30%", steps="30%")),
+    )
+    slow = vanishing.Adaptive(vanishing.Staggered(linear(steps="40%")), limit=1e-3, deadline="80%", every=1)
+    recipe = vanishing.Recipe({"*.attention.*": chain, "*.dense": vanishing.Binary()}, schedule=slow)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    found = outcome(compress(bert, "--data", table, "--recipe", file, "--epochs", 1, *settings(tmp_path)))
+    assert found["fade_ends_at"] == round(0.8 * found["steps"])
+    small: Any = vanishing.load(tmp_path / "small")
+    assert (small.bert.encoder.layer[0].attention.self.query.weight == 0).float().mean() >= 0.5
+    assert len(small.bert.encoder.layer[1].output.dense.weight[0].abs().unique()) == 1
+    early = vanishing.Adaptive(linear(steps=5), limit=0.1, deadline="1%")
+    file.write_text(vanishing.Recipe({"*": vanishing.Binary()}, schedule=early).to_yaml())
+    refused = compress(bert, "--data", table, "--recipe", file, "--epochs", 1, *settings(tmp_path / "other"))
+    assert refused.exit_code == 2
+    assert "Give a later deadline" in " ".join(refused.output.split())
+
+
 def test_heads_and_hidden_units_are_cut(tmp_path: Path, texts: tuple[Path, Path]) -> None:
     found = outcome(
         compress(texts[0], "--data", texts[1], *settings(tmp_path, "--heads", 0.5, "--width", 0.75, "--epochs", 2))
