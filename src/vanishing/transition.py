@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import weakref
@@ -619,8 +620,10 @@ class Transition:
         layers: dict[str, FinishedLayer] = {}
         places = Places(self.model)
         for site in self._sites:
+            site.release(places)
+        for site in self._sites:
             for name, finished in site.finish(places).items():
-                # A layer with several weights, as an attention's, is one entry.
+                # A layer with several weights, as an attention's, or that is cut on both sides, is one entry.
                 known = layers.get(name)
                 layers[name] = finished if known is None else _merged(known, finished)
         exchange(
@@ -682,8 +685,12 @@ class Transition:
 
 
 def _merged(first: FinishedLayer, second: FinishedLayer) -> FinishedLayer:
-    grids = first.grids | second.grids
-    return FinishedLayer(first.compressor, first.structure, first.parameters_before, first.bytes_before, grids)
+    return dataclasses.replace(
+        first,
+        grids=first.grids | second.grids,
+        narrowed_from=first.narrowed_from or second.narrowed_from,
+        counts=first.counts | second.counts,
+    )
 
 
 def _decided(slow: Any, count: int) -> list[list[tuple[int, int]]]:
