@@ -126,7 +126,7 @@ def channel_problem(group: Group) -> str | None:
     with random_state_kept(weight.device), torch.no_grad():
         whole = copy.deepcopy(group)
         whole.owner.eval()
-        _vary(whole.owner)
+        vary(whole.owner)
         ignored, smaller = masked(whole, keep), copy.deepcopy(whole)
         cut(smaller, keep)
         channels = _convolutions(group.owner)[0].in_channels
@@ -153,7 +153,8 @@ def _difference(smaller: nn.Module, probe: Tensor, expected: Tensor) -> str | No
     return None if same else reason
 
 
-def _vary(owner: nn.Module) -> None:
+@torch.no_grad()
+def vary(owner: nn.Module) -> None:
     """Give a module other scales and statistics: a scale of zero, as many blocks start with, would hide all else."""
     for tensor in (*owner.parameters(), *owner.buffers()):
         if tensor.dim() == 1 and tensor.is_floating_point():

@@ -74,6 +74,7 @@ class Group:
         owner: the module that they are in; of an attention, the one that knows how many heads it has.
         owner_name: its full name.
         counters: attributes of it that are multiples of the number of units.
+        scores: (count,), how important each unit is, where something else than its weights says so.
     """
 
     unit: Unit
@@ -83,6 +84,7 @@ class Group:
     owner: nn.Module
     owner_name: str
     counters: tuple[str, ...]
+    scores: Tensor | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -266,16 +268,21 @@ def first_tensor(outputs: Any) -> Tensor:
     return next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
 
 
-@torch.no_grad()
 def masked(group: Group, keep: Tensor) -> Group:
     """Return a copy of a group, with its owner, in which the units that are not kept count nothing."""
     result = copy.deepcopy(group)
-    for part in result.takers:
+    mask(result, keep)
+    return result
+
+
+@torch.no_grad()
+def mask(group: Group, keep: Tensor) -> None:
+    """Let the units of a group that are not kept count nothing."""
+    for part in group.takers:
         weight = part.layer.get_parameter("weight")
         kept = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
         kept[part.features(keep)] = True
         weight.mul_(kept.reshape(-1, *[1] * (weight.dim() - 2)))
-    return result
 
 
 def recount(group: Group, kept: int) -> dict[str, int]:

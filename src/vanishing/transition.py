@@ -100,7 +100,7 @@ def prepare(
             calibrate(model, observed, given)
             for block in blocks:
                 block.calibrate()
-        return _begun(model, plan, resolved, blocks, optimizer, example_inputs, distillation=resolved.distillation)
+        return begin(model, plan, resolved, blocks, optimizer, example_inputs, distillation=resolved.distillation)
 
 
 def prepare_for_state(model: nn.Module, recipe: Recipe) -> Transition:
@@ -112,10 +112,10 @@ def prepare_for_state(model: nn.Module, recipe: Recipe) -> Transition:
     with random_state_restored_on_error():
         blocks = build_block_sites(plan)
         plan.check()
-        return _begun(model, plan, recipe, blocks, None, None, distillation=())
+        return begin(model, plan, recipe, blocks, None, None, distillation=())
 
 
-def _begun(
+def begin(
     model: nn.Module,
     plan: Plan,
     recipe: Recipe,
@@ -125,6 +125,20 @@ def _begun(
     *,
     distillation: Sequence[Distillation],
 ) -> Transition:
+    """Change a model by a plan without problems.
+
+    Args:
+        model: the model.
+        plan: what is compressed.
+        recipe: where the plan comes from.
+        blocks: the places of the blocks of the plan.
+        optimizer: as in `prepare`.
+        example_inputs: as in `prepare`.
+        distillation: local losses between the two forms.
+
+    Raises:
+        TransitionError: the model cannot be run between the two forms; nothing was changed.
+    """
     ramps = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
     in_turn = [bool(rule.schedules) for _, rule in recipe.rules]
     weights = [build_weight_site(w, ramped=ramps[w.rule] is not None, in_turn=in_turn[w.rule]) for w in plan.weights]

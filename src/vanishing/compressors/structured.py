@@ -140,6 +140,8 @@ def _scores(layer: LayerView) -> Tensor:
     """How important each unit is, (count,)."""
     group, observed = layer.group, layer.observed
     assert group is not None
+    if group.scores is not None:
+        return group.scores
     if isinstance(observed, InputMoments):
         return observed.moments.reshape(group.count, -1).sum(1).sqrt()
     if isinstance(observed, GradientMagnitudes):
