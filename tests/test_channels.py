@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 from torch import Tensor, nn
 
 import vanishing
@@ -112,6 +113,23 @@ def test_at_beta_1_no_output_and_no_gradient_changes(name: str) -> None:
     transition.cancel()
     for (path, one), (_, other) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
         assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad), path
+
+
+@pytest.mark.parametrize("layer", ["basic", "bottleneck"])
+def test_a_network_of_transformers_comes_back_from_its_folder_alone(layer: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type=layer)
+    model = transformers.ResNetForImageClassification(config).eval()
+    whole = sum(p.numel() for p in model.parameters())
+    transition = vanishing.prepare(model, HALF)
+    with transition.compressed(), torch.no_grad():
+        expected = model(IMAGES).logits
+    transition.finish(force=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES).logits, expected, rtol=1e-4, atol=1e-6)
+        assert sum(p.numel() for p in model.parameters()) < 0.7 * whole
+        vanishing.save(model, tmp_path / "small")
+        assert torch.equal(vanishing.load(tmp_path / "small")(IMAGES).logits, model(IMAGES).logits)
 
 
 def basic_block() -> Any:
