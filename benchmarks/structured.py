@@ -1,6 +1,8 @@
-"""What is left of a model of which half the heads and half the hidden units were taken out, against the whole one.
+"""What is left of a model of which half the heads and hidden units or inner channels were taken out, against the whole.
 
-ViT-Tiny/16 (224 px) and MiniLM-L6 (128 tokens), random weights: counts and times do not depend on them. Reported are
+ViT-Tiny/16, ResNet-18 (224 px) and MiniLM-L6 (128 tokens), random weights: counts and times do not depend on them, nor
+on which half it is. ResNet-18 loses the channels inside of its blocks, and with `resnet18-all` those of the residual
+stream as well, as Torch-Pruning's dependency graph finds them. Reported are
 multiply-accumulates and bytes of the whole and of the small one, and the time of a forward pass at batch 1 and 32, each
 pass of the small model beside one of the whole model in the same process, whole / small.
 
@@ -17,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from paired import machine, time_pairs, write_record
 from torch import nn
@@ -24,10 +27,11 @@ from transformers import BertConfig, BertModel
 from workload import Workload
 
 import vanishing
+from vanishing.integrations import torch_pruning
 
-RECIPE = vanishing.Recipe(
-    {"*": vanishing.HeadPruning(0.5), "**": vanishing.WidthPruning(0.5)}, schedule=vanishing.StepSchedule(at=0)
-)
+AT_ONCE = vanishing.StepSchedule(at=0)
+UNITS = vanishing.Recipe({"*": vanishing.HeadPruning(0.5), "**": vanishing.WidthPruning(0.5)}, schedule=AT_ONCE)
+CHANNELS = vanishing.Recipe({"*": vanishing.ChannelPruning(0.5)}, schedule=AT_ONCE)
 BATCHES = (1, 32)
 
 
@@ -42,19 +46,34 @@ def minilm() -> tuple[nn.Module, Callable[[int], dict[str, Any]]]:
     return model, lambda size: {"input_ids": torch.randint(1_000, 30_000, (size, 128))}
 
 
-MODELS = {"vit": vit, "minilm": minilm}
+def resnet() -> tuple[nn.Module, Callable[[int], dict[str, Any]]]:
+    torch.manual_seed(0)
+    return timm.create_model("resnet18"), lambda size: {"x": torch.randn(size, 3, 224, 224)}
+
+
+def everywhere(model: nn.Module) -> vanishing.Transition:
+    return torch_pruning.prepare(model, torch.randn(1, 3, 224, 224), sparsity=0.5, schedule=AT_ONCE)
+
+
+MODELS = {
+    "vit": (vit, lambda model: vanishing.prepare(model, UNITS)),
+    "minilm": (minilm, lambda model: vanishing.prepare(model, UNITS)),
+    "resnet18": (resnet, lambda model: vanishing.prepare(model, CHANNELS)),
+    "resnet18-all": (resnet, everywhere),
+}
 
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     print(machine("cpu"))
-    print(f"{'model':8}{'MACs, millions':>22}{'MB':>18}{'batch':>7}{'whole / small (quartiles)':>30}{'ms':>19}")
+    print(f"{'model':14}{'MACs, millions':>22}{'MB':>18}{'batch':>7}{'whole / small (quartiles)':>30}{'ms':>19}")
     rows = []
     for name in options.models:
-        whole, inputs = MODELS[name]()
+        build, prepare = MODELS[name]
+        whole, inputs = build()
         small = copy.deepcopy(whole)
-        vanishing.prepare(small, RECIPE).finish(force=True)
+        prepare(small).finish(force=True)
         sizes = [vanishing.summary(model, inputs(1)).after for model in (whole, small)]
         products = [size.multiply_accumulates for size in sizes]
         for batch in BATCHES:
@@ -69,7 +88,7 @@ def main() -> None:
             megabytes = " -> ".join(f"{size.bytes / 1e6:.1f}" for size in sizes)
             quartiles = f"{ratios.median_ratio:.2f} ({ratios.lower_quartile:.2f}-{ratios.upper_quartile:.2f})"
             times = f"{ratios.step_ms:.1f} -> {ratios.baseline_ms:.1f}"
-            print(f"{name:8}{counts:>22}{megabytes:>18}{batch:7}{quartiles:>30}{times:>19}", flush=True)
+            print(f"{name:14}{counts:>22}{megabytes:>18}{batch:7}{quartiles:>30}{times:>19}", flush=True)
     write_record(options, {"rows": rows})
 
 

@@ -19,16 +19,17 @@ from torch.nn.utils import parametrize
 import resume_worker
 import vanishing
 from architectures import ARCHITECTURES, Architecture, loss_of, tensors_of
-from resume_worker import END, SPLIT, TECHNIQUES, Run, evaluate
-from vanishing import LinearSchedule, StepSchedule
+from resume_worker import BLOCKS, END, JOBS, SPLIT, TECHNIQUES, UNITS, Run, evaluate, rules
+from vanishing import LinearSchedule, Recipe, StepSchedule
+from vanishing.blend import BlendedBlock
 from vanishing.layers import Factored, Layout
 
 
 def job_parameters() -> Iterator[Any]:
     """Every architecture with every technique that fits it; those that take long only in the slow suite."""
     for name, architecture in ARCHITECTURES.items():
-        for technique in TECHNIQUES:
-            if architecture.own_forward and technique == "low_rank":
+        for technique in JOBS:
+            if not rules(name, technique):
                 continue
             yield pytest.param(f"{name}-{technique}", marks=[pytest.mark.slow] if architecture.slow else [])
 
@@ -42,6 +43,9 @@ FAST_RESUMES = [
     "timm_resnet-pruned",
     "encoder-pruned",
     "lstm-quantized",
+    "llama-structured",
+    "timm_resnet-structured",
+    "gpt2-replaced",
 ]
 each_job = pytest.mark.parametrize("job", list(job_parameters()))
 
@@ -78,11 +82,21 @@ def hooks(module: nn.Module) -> int:
     return sum(len(value) for name, value in vars(module).items() if name.endswith("_hooks") and value)
 
 
-def assert_plain(model: nn.Module, original: nn.Module) -> None:
-    """Compare a finished model with a freshly built one: the same modules, but for two plain layers in place of one."""
-    expected = dict(original.named_modules())
+def assert_plain(model: nn.Module, original: nn.Module, block: str = "no block") -> None:
+    """Compare a finished model with a freshly built one: the same modules, but for two plain layers in place of one.
+
+    Args:
+        model: the finished model.
+        original: the freshly built one.
+        block: the name of one that was replaced, which is not compared.
+    """
+
+    def outside(module: nn.Module) -> dict[str, nn.Module]:
+        return {name: each for name, each in module.named_modules() if not f"{name}.".startswith(f"{block}.")}
+
+    expected = outside(original)
     factored = {name for name, module in model.named_modules() if type(module) is Factored}
-    for name, module in model.named_modules():
+    for name, module in outside(model).items():
         assert not parametrize.is_parametrized(module), name
         assert "forward" not in vars(module) or "forward" in vars(expected[name]), name
         if name in factored:
@@ -92,7 +106,7 @@ def assert_plain(model: nn.Module, original: nn.Module) -> None:
         else:
             assert type(module) is type(expected[name]), name
             assert hooks(module) == hooks(expected[name]), name
-    remaining = {name for name, _ in model.named_modules() if name.rpartition(".")[0] not in factored}
+    remaining = {name for name in outside(model) if name.rpartition(".")[0] not in factored}
     assert remaining == set(expected)
 
 
@@ -127,13 +141,23 @@ def test_an_architecture_is_reproducible_and_tied_as_the_table_says(name: str) -
     )
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_table_of_units_holds_all_that_are_found(name: str) -> None:
+    model = ARCHITECTURES[name].build()
+    found = {
+        key
+        for key, (technique, _) in UNITS.items()
+        if not Recipe({key: technique}, schedule=StepSchedule(at=0)).match(model).problems
+    }
+    assert found == set(rules(name, "structured"))
+
+
 @each_job
 def test_at_beta_1_no_output_and_no_gradient_of_the_original_changes_a_bit(job: str) -> None:
     architecture = ARCHITECTURES[job.split("-")[0]]
-    technique = TECHNIQUES[job.split("-")[1]]
     plain, model = architecture.build(), architecture.build()
     parameters = dict(model.named_parameters())
-    vanishing.prepare(model, vanishing.Recipe({"*": technique}, schedule=LinearSchedule(steps=4)))
+    vanishing.prepare(model, Recipe(rules(*job.split("-")), schedule=LinearSchedule(steps=4)))
     outputs = [each(**architecture.batch()) for each in (plain, model)]
     for each in outputs:
         loss_of(each).backward()
@@ -159,12 +183,16 @@ def test_at_beta_0_the_original_has_no_influence(job: str) -> None:
             for module, name, latent in blended_weights(run.model):
                 if "low_rank" in job:
                     latent.fill_(torch.nan)
-                elif "pruned" in job:
+                elif "pruned" in job or "structured" in job:
                     # Smaller than before and of the other sign, so that the same weights are pruned.
                     latent.copy_(torch.where(getattr(module, name) == 0, -0.5 * latent, latent))
+            for block in run.model.modules():
+                if isinstance(block, BlendedBlock):
+                    for parameter in block.original.parameters():
+                        parameter.fill_(torch.nan)
         after = run.outputs()
     assert_same_bits(before, after)
-    if "low_rank" in job:
+    if "low_rank" in job or "replaced" in job:
         assert any(not tensor.isfinite().all() for tensor in run.outputs())
 
 
@@ -199,10 +227,9 @@ def test_a_run_continues_in_a_new_process_with_the_same_bits(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("technique", JOBS)
 def test_every_architecture_continues_in_a_new_process_with_the_same_bits(technique: str, tmp_path: Path) -> None:
-    names = [name for name, architecture in ARCHITECTURES.items() if not architecture.own_forward]
-    jobs = [f"{name}-{technique}" for name in names]
+    jobs = [f"{name}-{technique}" for name in ARCHITECTURES if rules(name, technique)]
     assert_resumes_in_a_new_process(jobs, tmp_path)
 
 
@@ -210,7 +237,8 @@ def test_every_architecture_continues_in_a_new_process_with_the_same_bits(techni
 def test_a_finished_model_is_plain_small_and_survives_the_file(job: str, tmp_path: Path) -> None:
     run = Run(job)
     architecture = run.architecture
-    assert run.plan.weights
+    block = BLOCKS[job.split("-")[0]] if "replaced" in job else "no block"
+    assert run.plan.weights or run.plan.blocks
     expected = run.train(END).outputs()
 
     model = run.transition.finish()
@@ -219,20 +247,22 @@ def test_a_finished_model_is_plain_small_and_survives_the_file(job: str, tmp_pat
     for got, wanted in zip(finished, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     for planned in run.plan.weights:
-        if "low_rank" in job:
+        if "structured" in job:
+            assert planned.layer.module.get_parameter("weight").shape[1] == planned.layer.weight.shape[1] // 2
+        elif "low_rank" in job:
             assert {type(model.get_submodule(name)) for name in planned.names} == {Factored}
         else:
             assert_compressed(planned.layer.weight, planned.layer.layout, job)
             assert all(getattr(module, name) is planned.layer.weight for module, name in planned.owners)
     original = architecture.build(1)
-    assert_plain(model, original)
+    assert_plain(model, original, block)
     assert ties(model) == ties(original)
 
     vanishing.save(model, tmp_path / "small")
     dense = sum(tensor.nbytes for tensor in (*original.parameters(), *original.buffers()))
     assert (tmp_path / "small" / "model.safetensors").stat().st_size < dense
     loaded = load(tmp_path / "small", architecture)
-    assert_plain(loaded, original)
+    assert_plain(loaded, original, block)
     assert ties(loaded) == ties(original)
     assert_same_bits(evaluate(loaded, architecture), evaluate(model, architecture))
 

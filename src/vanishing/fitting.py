@@ -15,8 +15,9 @@ from vanishing.encodings import dtype_name
 from vanishing.errors import ConfigError, FileError
 from vanishing.layers import Split, factor
 from vanishing.manifest import DType, LayerEntry, Manifest
+from vanishing.narrowing import narrowed
 from vanishing.places import Places, is_below, join
-from vanishing.structure import narrowed, recounted
+from vanishing.structure import recounted
 
 _BUILD = "Build the original architecture, with the settings that it had when it was compressed."
 _TYPES = get_args(DType)
@@ -119,15 +120,18 @@ def _rebuilt(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module
 
 
 def _shapes(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module) -> dict[str, list[int]]:
-    """The shapes of a narrowed layer's parameters, before it is factored."""
-    known = {p: manifest.entry(join(name, p)) for p in module._parameters}
+    """The shapes of what is smaller in a narrowed layer, before it is factored."""
+    tensors = {n: t for n, t in (module._parameters | module._buffers).items() if t is not None}
     if entry.structure == "weight":
-        return {parameter: found.shape for parameter, found in known.items() if found is not None}
-    first, second = manifest.entry(join(name, "0.weight")), manifest.entry(join(name, "1.weight"))
-    if first is None or second is None or not first.shape or not second.shape:
-        raise ValueError("the file holds no factors of it. Save the model again.")
-    rows, columns = second.shape[0], first.shape[-1]
-    return {"weight": [rows, columns]} | ({} if module._parameters.get("bias") is None else {"bias": [rows]})
+        known = {n: found.shape for n in tensors if (found := manifest.entry(join(name, n))) is not None}
+    else:
+        tucker = entry.split == Split.TUCKER.value
+        first, last = (manifest.entry(join(name, f"{place}.weight")) for place in ("0.0" if tucker else "0", "1"))
+        if first is None or last is None or min(len(first.shape), len(last.shape)) < 2:
+            raise ValueError("the file holds no factors of it. Save the model again.")
+        rows = last.shape[0]
+        known = {"weight": [rows, first.shape[1], *tensors["weight"].shape[2:]], "bias": [rows]}
+    return {n: shape for n, shape in known.items() if n in tensors and list(tensors[n].shape) != shape}
 
 
 def check_fit(folder: Path, manifest: Manifest, model: nn.Module, *, unseen: tuple[str, ...] = ()) -> dict[str, Tensor]:

@@ -143,8 +143,15 @@ def leave(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -
 
 
 def exchange(optimizers: Iterable[Optimizer], pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
-    """Put other parameters in the places of some; their state, which has the shape of the old ones, begins anew."""
-    new = {id(old): parameter for old, parameter in pairs}
+    """Put other parameters in the places of some; their state, which has the shape of the old ones, begins anew.
+
+    Args:
+        optimizers: the optimizers.
+        pairs: old and new parameters, in the order of the exchanges: a new one may be exchanged again.
+    """
+    new: dict[int, nn.Parameter] = {}
+    for old, smaller in reversed([*pairs]):
+        new[id(old)] = new.get(id(smaller), smaller)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"][:] = [new.get(id(parameter), parameter) for parameter in group["params"]]

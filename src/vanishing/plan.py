@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from vanishing.blend import BlendedBlock, blended_weights
 from vanishing.calibration import Observed, Observer
+from vanishing.channels import groups_of, problem_of
 from vanishing.compressors import BlockCompressor, Compressor, LayerView, Replace, StructuredPruning, WeightCompressor
 from vanishing.distillation import Teacher
 from vanishing.drives import schedule_problems
@@ -23,8 +24,7 @@ from vanishing.patterns import Glob, Pattern
 from vanishing.places import is_below
 from vanishing.receipt import read_receipt
 from vanishing.recipe import Recipe, Rule
-from vanishing.structure import find_groups, group_problem
-from vanishing.suitability import block_problem, replacement_problem, weight_problem
+from vanishing.suitability import block_problem, cut_problem, replacement_problem, weight_problem
 from vanishing.tally import Tally, nearest_names, rule_problem
 from vanishing.teacher import find_features
 from vanishing.text import as_text
@@ -163,6 +163,7 @@ class _Planner:
         for name, module in _layers_of(model):
             names[id(module)].append(name)
             modules[id(module)] = module
+        self.names = names
         self.candidates = [_Candidate(tuple(names[i]), m, find_kind(m)) for i, m in modules.items()]
         self.fading = [
             c for c in self.candidates if isinstance(c.module, BlendedBlock) or any(blended_weights(c.module))
@@ -172,8 +173,9 @@ class _Planner:
         self.factored = {n for c in self.candidates if isinstance(c.module, Factored) for n in c.names}
         self.replaced: set[str] = set()
         units = {c.unit for _, rule in recipe.rules if isinstance(c := rule.compressor, StructuredPruning)}
-        self.groups = {unit: {id(g.taker.layer): g for g in find_groups(model, unit)} for unit in units}
+        self.groups = {unit: {id(g.taker.layer): g for g in groups_of(model, unit)} for unit in units}
         self.makers: dict[int, str] = {}
+        self.takers: set[int] = set()
         self.probed: dict[Hashable, str | None] = {}
         receipt = read_receipt(model)
         self.finished = {} if receipt is None else receipt.layers
@@ -238,7 +240,9 @@ class _Planner:
             if candidate.matched_by(pattern) and self._refusal(candidate, pattern, rule.compressor) is None:
                 if isinstance(rule.compressor, StructuredPruning):
                     group = self.groups[rule.compressor.unit][id(candidate.module)]
-                    self.makers.update((id(part.layer), candidate.name) for part in group.makers)
+                    others = (part for part in group.parts if part is not group.taker)
+                    self.makers.update((id(part.layer), candidate.name) for part in others)
+                    self.takers.add(id(candidate.module))
                 return
 
     def _row(self, candidate: _Candidate, outcome: str, detail: str) -> None:
@@ -255,7 +259,8 @@ class _Planner:
             if candidate.kind is not None:
                 self._row(candidate, "left", reason)
             return
-        if id(candidate.module) in self.makers:
+        # The layer that takes channels up may make others: it is cut on both sides.
+        if id(candidate.module) in self.makers and id(candidate.module) not in self.takers:
             reason = f"units are cut out of it along with {self.makers[id(candidate.module)]!r}"
             for number in matching:
                 self._refuse(number, candidate, reason)
@@ -313,16 +318,18 @@ class _Planner:
         group = self.groups[compressor.unit].get(id(candidate.module))
         if group is None:
             return f"it takes up no {compressor.unit.value} of a kind that is known"
+        places = len(self.names[id(group.taker.layer)])
         for part in group.parts:
             tied = any(len(self.owners[id(parameter)]) > 1 for parameter in part.layer.parameters())
-            weight = _parameter(part.layer, "weight")
-            problem = "its weight is tied" if tied else weight_problem(part.layer, "weight", weight)
+            shared = len(self.names[id(part.layer)]) != places
+            problem = "its weight is tied" if tied else "other blocks use it too" if shared else cut_problem(part.layer)
             if problem:
                 return f"of {part.name!r}, which would be cut along with it: {problem}"
         # A probe copies a block, and a model has many that are alike.
-        alike = (type(group.owner), group.unit, group.count, *(part.size for part in group.parts))
+        sizes = [(part.name.removeprefix(group.owner_name), part.size) for part in group.parts]
+        alike = (type(group.owner), repr(group.owner), group.unit, group.count, *sizes)
         if alike not in self.probed:
-            self.probed[alike] = group_problem(group)
+            self.probed[alike] = problem_of(group)
         return self.probed[alike]
 
     def _rebuilt_earlier(self, candidate: _Candidate, is_block: bool) -> str | None:

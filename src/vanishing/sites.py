@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from vanishing.distributed import whole
 from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import ConfigError, TransitionError
 from vanishing.layers import Factored
+from vanishing.narrowing import Exchanged
 from vanishing.places import Places, drop_copied_hooks
 from vanishing.plan import Plan, PlannedBlock, PlannedWeight
 from vanishing.random_state import random_state_kept
@@ -43,7 +45,7 @@ PulledWeight = tuple[float, nn.Parameter, Callable[[Tensor], Tensor | None]]
 class Site(ABC):
     """One place where original and compressed form meet.
 
-    The life of a site: made (the model is unchanged), `install`, then `finish` or `remove`.
+    The life of a site: made (the model is unchanged), `install`, then `release` and `finish`, or `remove`.
     """
 
     name: str
@@ -67,6 +69,10 @@ class Site(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raise `TransitionError` if what `finish` would leave differs from the transition at beta = 0."""
+
+    def release(self, places: Places) -> None:
+        """Let go of what would be in the way when other sites finish; by default there is nothing."""
+        return
 
     @abstractmethod
     def finish(self, places: Places) -> dict[str, FinishedLayer]:
@@ -260,27 +266,31 @@ class WeightSite(Site):
 
 
 class StructureSite(WeightSite):
-    """The weight that takes units up, blended in weight space, and the layers that make them."""
+    """The weights that take units up, blended in weight space, and the layers that make them."""
 
     def __init__(self, planned: PlannedWeight, *, ramped: bool, in_turn: bool) -> None:
-        super().__init__(planned, ramped=ramped, in_turn=in_turn)
         assert planned.layer.group is not None
         self.group = planned.layer.group
+        owners = tuple((part.layer, "weight") for part in self.group.takers)
+        super().__init__(dataclasses.replace(planned, owners=owners), ramped=ramped, in_turn=in_turn)
         layers = {part.name: part.layer for part in self.group.parts}
         self._sizes = {n: (sum(p.numel() for p in layer.parameters()), _bytes(layer)) for n, layer in layers.items()}
-        self.narrowed: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self.narrowed: Exchanged = []
 
     @property
     def original_parameters(self) -> list[nn.Parameter]:
         return super().original_parameters + [p for part in self.group.makers for p in part.layer.parameters()]
+
+    def release(self, places: Places) -> None:
+        # A layer that takes units up may make those of another site, which cuts it as well.
+        self.remove(places)
 
     @torch.no_grad()
     def finish(self, places: Places) -> dict[str, FinishedLayer]:
         form = self.blend.form
         assert isinstance(form, TakenUnits)
         kept = form.kept
-        self.remove(places)
-        shapes = {part.name: tuple(part.layer.weight.shape) for part in self.group.parts}
+        shapes = {part.name: part.shape for part in self.group.parts}
         self.narrowed = cut(self.group, kept)
         finished = {
             name: FinishedLayer(self.compressor, "weight", *self._sizes[name], {}, narrowed_from=shape)

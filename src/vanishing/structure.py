@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vanishing.equality import difference_beyond_rounding
+from vanishing.narrowing import Exchanged, cut_inputs, cut_outputs, features_shape
 from vanishing.places import join
 from vanishing.random_state import random_state_kept
 
@@ -25,6 +26,8 @@ class Unit(Enum):
     HEAD = "attention heads"
     """Heads of an attention; with grouped queries, a head of keys and values with all queries that read it."""
     WIDTH = "hidden units of a feed-forward"
+    CHANNEL = "inner channels of a block"
+    """Channels between the convolutions of a block."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,20 @@ class Part:
 
     Args:
         name: its full name.
-        layer: a linear layer.
-        size: features of a unit, next to each other.
+        layer: a linear layer, a convolution or a batch normalization.
+        size: features of a unit, next to each other; one of a convolution is a channel.
         repeats: how often the units follow each other, as in a layer that makes queries, keys and values at once.
     """
 
     name: str
-    layer: nn.Linear
+    layer: nn.Module
     size: int
     repeats: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of its weight."""
+        return features_shape(self.layer)
 
     def features(self, units: Tensor) -> Tensor:
         """Return the positions of the features of some units, in their order.
@@ -50,7 +58,7 @@ class Part:
             units: (count,), numbers of units, in rising order.
         """
         one = (units[:, None] * self.size + torch.arange(self.size, device=units.device)).flatten()
-        length = self.layer.out_features // self.repeats
+        length = self.shape[0] // self.repeats
         return torch.cat([one + length * repeat for repeat in range(self.repeats)])
 
 
@@ -62,36 +70,49 @@ class Group:
         unit: what the units are.
         count: how many there are.
         makers: layers whose outputs are the units.
-        taker: the layer whose inputs they are.
+        takers: layers whose inputs they are; a rule matches the first.
         owner: the module that they are in; of an attention, the one that knows how many heads it has.
         owner_name: its full name.
         counters: attributes of it that are multiples of the number of units.
+        scores: (count,), how important each unit is, where something else than its weights says so.
     """
 
     unit: Unit
     count: int
     makers: tuple[Part, ...]
-    taker: Part
+    takers: tuple[Part, ...]
     owner: nn.Module
     owner_name: str
     counters: tuple[str, ...]
+    scores: Tensor | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All layers."""
-        return (*self.makers, self.taker)
+        return (*self.makers, *self.takers)
+
+    @property
+    def taker(self) -> Part:
+        """The layer that takes the units up, where one more only looks at them."""
+        return self.takers[0]
 
     @torch.no_grad()
     def norms(self) -> Tensor:
         """Return the importance of every unit by the size of its weights, (count,).
 
         The norm of the weights that take the unit up times the norm of those that make what it passes on: of the
-        values of a head, of the last linear layer before a hidden unit. It is the same whichever side a scale is on.
+        values of a head, of the last linear layer before a hidden unit, of the scale of the last normalization before
+        a channel. It is the same whichever side a scale is on.
         """
-        taking = self.taker.layer.weight.float().reshape(-1, self.count, self.taker.size).norm(dim=(0, 2))
-        maker = self.makers[-1]
-        rows = maker.layer.weight.float().reshape(maker.repeats, self.count, -1)
+        weight = _weight(self.taker)
+        taking = weight.reshape(len(weight), self.count, -1).norm(dim=(0, 2))
+        maker = next(part for part in reversed(self.makers) if part.layer._parameters.get("weight") is not None)
+        rows = _weight(maker).reshape(maker.repeats, self.count, -1)
         return taking * rows[-1].norm(dim=1)
+
+
+def _weight(part: Part) -> Tensor:
+    return part.layer.get_parameter("weight").float()
 
 
 _HEAD_SIZES = ("head_dim", "attention_head_size")
@@ -174,7 +195,7 @@ def _group(
     def part(path: str, times: int = 1) -> Part:
         return Part(join(outer, path), layers[path], sizes[path], times)
 
-    return Group(unit, count, tuple(part(p, repeats) for p in makers), part(taker), module, owner_name, counters)
+    return Group(unit, count, tuple(part(p, repeats) for p in makers), (part(taker),), module, owner_name, counters)
 
 
 def group_problem(group: Group) -> str | None:
@@ -192,7 +213,7 @@ def _other_parameters(group: Group) -> str | None:
     if group.unit is not Unit.HEAD:
         return None
     cut_too = {id(p) for part in group.parts for p in part.layer.parameters()}
-    width = group.taker.layer.in_features
+    width = group.taker.shape[1]
     heads = width // group.makers[-1].size
     counted = {group.count, heads, width, group.count * group.makers[-1].size} - {1}
     for name, parameter in group.owner.named_parameters():
@@ -202,16 +223,16 @@ def _other_parameters(group: Group) -> str | None:
 
 
 def _probe(group: Group, reason: str) -> str | None:
-    keep = torch.arange(0, group.count, 2, device=group.taker.layer.weight.device)
-    maker = group.makers[0].layer
-    probe = torch.randn(2, 3, maker.in_features).to(maker.weight)
+    weight = group.makers[0].layer.get_parameter("weight")
+    keep = torch.arange(0, group.count, 2, device=weight.device)
+    probe = torch.randn(2, 3, weight.shape[1]).to(weight)
     rotation = torch.ones(2, 3, group.makers[-1].size).to(probe)
     rotary = {"position_embeddings": (rotation, 0 * rotation), "attention_mask": None}
     calls: list[tuple[tuple[Tensor, ...], dict[str, Any]]]
     calls = [((probe,), {}), ((probe,), rotary), ((probe,) * 2, {}), ((probe,) * 3, {})]
     inside = any(module is group.taker.layer for module in group.owner.modules())
     with random_state_kept(probe.device), torch.no_grad():
-        whole = _with_columns(group, keep) if inside else copy.deepcopy(group)
+        whole = masked(group, keep) if inside else copy.deepcopy(group)
         smaller = copy.deepcopy(group)
         cut(smaller, keep)
         recount(smaller, len(keep))
@@ -219,7 +240,7 @@ def _probe(group: Group, reason: str) -> str | None:
             each.owner.eval()
         for arguments, keywords in calls:
             try:
-                expected = _first(whole.owner(*arguments, **keywords))
+                expected = first_tensor(whole.owner(*arguments, **keywords))
             except Exception:
                 # It takes something else.
                 continue
@@ -227,13 +248,13 @@ def _probe(group: Group, reason: str) -> str | None:
                 # What it returns goes on to the layer that takes the heads up.
                 expected = expected[..., group.taker.features(keep)]
             try:
-                got = _first(smaller.owner(*arguments, **keywords))
+                got = first_tensor(smaller.owner(*arguments, **keywords))
             except Exception as error:
                 return f"{reason} ({' '.join(str(error).split()):.100})"
             same = expected.shape == got.shape
             return None if same and difference_beyond_rounding([expected], [got], _TOLERANCE) is None else reason
     # It cannot be tried. One that knows its own width may shape what it computes by it.
-    width = group.taker.layer.in_features
+    width = group.taker.shape[1]
     told = [
         name
         for name, value in vars(group.owner).items()
@@ -242,18 +263,26 @@ def _probe(group: Group, reason: str) -> str | None:
     return f"its {told[0]!r} would not follow" if told and group.unit is Unit.HEAD else None
 
 
-def _first(outputs: Any) -> Tensor:
+def first_tensor(outputs: Any) -> Tensor:
+    """Return the first tensor of a nested output."""
     return next(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
 
 
-def _with_columns(group: Group, keep: Tensor) -> Group:
-    """A copy of a group in which the other units count nothing."""
+def masked(group: Group, keep: Tensor) -> Group:
+    """Return a copy of a group, with its owner, in which the units that are not kept count nothing."""
     result = copy.deepcopy(group)
-    weight = result.taker.layer.weight
-    kept = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
-    kept[result.taker.features(keep)] = True
-    weight.mul_(kept)
+    mask(result, keep)
     return result
+
+
+@torch.no_grad()
+def mask(group: Group, keep: Tensor) -> None:
+    """Let the units of a group that are not kept count nothing."""
+    for part in group.takers:
+        weight = part.layer.get_parameter("weight")
+        kept = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+        kept[part.features(keep)] = True
+        weight.mul_(kept.reshape(-1, *[1] * (weight.dim() - 2)))
 
 
 def recount(group: Group, kept: int) -> dict[str, int]:
@@ -262,29 +291,6 @@ def recount(group: Group, kept: int) -> dict[str, int]:
     for name, count in counts.items():
         setattr(group.owner, name, count)
     return counts
-
-
-def narrowed(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
-    """Return a copy of a linear layer with parameters of smaller shapes and of no meaning; the rest is shared.
-
-    Args:
-        module: the layer.
-        shapes: by the name of the parameter.
-
-    Raises:
-        ValueError: it is no linear layer, or a shape is no smaller one.
-    """
-    if not isinstance(module, nn.Linear):
-        raise ValueError(f"a {type(module).__name__} cannot be narrowed.")
-    result = copy.copy(module)
-    result._parameters = dict(module._parameters)
-    for name, shape in shapes.items():
-        old = module._parameters.get(name)
-        if old is None or len(shape) != old.ndim or any(a > b for a, b in zip(shape, old.shape, strict=True)):
-            raise ValueError(f"its {name} cannot have the shape {list(shape)}.")
-        result._parameters[name] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
-    result.out_features, result.in_features = result.weight.shape
-    return result
 
 
 def recounted(module: nn.Module, counts: Mapping[str, int]) -> nn.Module:
@@ -302,30 +308,13 @@ def recounted(module: nn.Module, counts: Mapping[str, int]) -> nn.Module:
     return result
 
 
-@torch.no_grad()
-def cut(group: Group, keep: Tensor) -> list[tuple[nn.Parameter, nn.Parameter]]:
+def cut(group: Group, keep: Tensor) -> Exchanged:
     """Take the units that are not kept out of the layers; return every parameter that was cut, and what is left of it.
 
     Args:
         group: the layers, none of which is parametrized.
         keep: (count,), numbers of the units that stay, in rising order.
     """
-    exchanged = []
-    for part in group.makers:
-        rows = part.features(keep)
-        exchanged += [
-            _exchange(part.layer, name, 0, rows)
-            for name in ("weight", "bias")
-            if part.layer._parameters[name] is not None
-        ]
-        part.layer.out_features = len(rows)
-    columns = group.taker.features(keep)
-    group.taker.layer.in_features = len(columns)
-    return [*exchanged, _exchange(group.taker.layer, "weight", 1, columns)]
-
-
-def _exchange(layer: nn.Linear, name: str, dimension: int, kept: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-    old = layer.get_parameter(name)
-    new = nn.Parameter(old.detach().index_select(dimension, kept), requires_grad=old.requires_grad)
-    layer._parameters[name] = new
-    return old, new
+    makers = [cut_outputs(part.layer, part.features(keep)) for part in group.makers]
+    takers = [cut_inputs(part.layer, part.features(keep)) for part in group.takers]
+    return [pair for exchanged in (*makers, *takers) for pair in exchanged]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -34,6 +35,14 @@ def weight_problem(module: nn.Module, name: str, weight: Tensor | None) -> str |
     if weight is None:
         return f"it has no parameter {name!r} of its own (weight norm, or a quantized layer?). Add it to ignore"
     return _tensors_problem([weight])
+
+
+def cut_problem(layer: nn.Module) -> str | None:
+    """Return why features cannot be cut out of a layer, None where they can."""
+    if isinstance(layer, _BatchNorm):
+        # A frozen one, or one without parameters, has channels all the same.
+        return "it is parametrized. Remove that first" if parametrize.is_parametrized(layer) else None
+    return weight_problem(layer, "weight", layer._parameters.get("weight"))
 
 
 def replacement_problem(name: str, layer: LayerView) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import weakref
@@ -100,7 +101,7 @@ def prepare(
             calibrate(model, observed, given)
             for block in blocks:
                 block.calibrate()
-        return _begun(model, plan, resolved, blocks, optimizer, example_inputs, distillation=resolved.distillation)
+        return begin(model, plan, resolved, blocks, optimizer, example_inputs, distillation=resolved.distillation)
 
 
 def prepare_for_state(model: nn.Module, recipe: Recipe) -> Transition:
@@ -112,10 +113,10 @@ def prepare_for_state(model: nn.Module, recipe: Recipe) -> Transition:
     with random_state_restored_on_error():
         blocks = build_block_sites(plan)
         plan.check()
-        return _begun(model, plan, recipe, blocks, None, None, distillation=())
+        return begin(model, plan, recipe, blocks, None, None, distillation=())
 
 
-def _begun(
+def begin(
     model: nn.Module,
     plan: Plan,
     recipe: Recipe,
@@ -125,6 +126,20 @@ def _begun(
     *,
     distillation: Sequence[Distillation],
 ) -> Transition:
+    """Change a model by a plan without problems.
+
+    Args:
+        model: the model.
+        plan: what is compressed.
+        recipe: where the plan comes from.
+        blocks: the places of the blocks of the plan.
+        optimizer: as in `prepare`.
+        example_inputs: as in `prepare`.
+        distillation: local losses between the two forms.
+
+    Raises:
+        TransitionError: the model cannot be run between the two forms; nothing was changed.
+    """
     ramps = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
     in_turn = [bool(rule.schedules) for _, rule in recipe.rules]
     weights = [build_weight_site(w, ramped=ramps[w.rule] is not None, in_turn=in_turn[w.rule]) for w in plan.weights]
@@ -627,8 +642,10 @@ class Transition:
         layers: dict[str, FinishedLayer] = {}
         places = Places(self.model)
         for site in self._sites:
+            site.release(places)
+        for site in self._sites:
             for name, finished in site.finish(places).items():
-                # A layer with several weights, as an attention's, is one entry.
+                # A layer with several weights, as an attention's, or that is cut on both sides, is one entry.
                 known = layers.get(name)
                 layers[name] = finished if known is None else _merged(known, finished)
         exchange(
@@ -695,8 +712,12 @@ class Transition:
 
 
 def _merged(first: FinishedLayer, second: FinishedLayer) -> FinishedLayer:
-    grids = first.grids | second.grids
-    return FinishedLayer(first.compressor, first.structure, first.parameters_before, first.bytes_before, grids)
+    return dataclasses.replace(
+        first,
+        grids=first.grids | second.grids,
+        narrowed_from=first.narrowed_from or second.narrowed_from,
+        counts=first.counts | second.counts,
+    )
 
 
 def _decided(slow: Any, count: int) -> list[list[tuple[int, int]]]:

@@ -285,6 +285,7 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "a share above 1": (["MODEL", "--data", "DATA", "--prune", 1.5], "--prune 1.5: sparsity is the share"),
     "bits that are too many": (["MODEL", "--data", "DATA", "--bits", 9], "--bits 9: bits is the width"),
     "all heads": (["MODEL", "--data", "DATA", "--heads", 1], "--heads 1.0: sparsity is the share of units"),
+    "no channels": (["MODEL", "--data", "DATA", "--channels", 0.5], "none of which ChannelPruning can take"),
     "units and bits": (["MODEL", "--data", "DATA", "--heads", 0.5, "--bits", 4], "in the same run"),
     "no fade": (["MODEL", "--data", "DATA", "--binary", "--fade", 0], "--fade 0: steps is the length of the fall"),
     "groups that cannot be": (["MODEL", "--data", "DATA", "--prune", "4:2"], "--prune 4:2: n is smaller than m"),

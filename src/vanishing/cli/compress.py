@@ -51,6 +51,12 @@ def run(
         float | None,
         typer.Option(help="Share of the hidden units of feed-forwards that vanish.", rich_help_panel=_TECHNIQUE),
     ] = None,
+    channels: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the channels inside of blocks of convolutions that vanish.", rich_help_panel=_TECHNIQUE
+        ),
+    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Glob of layers to leave alone; repeatable.", rich_help_panel=_TECHNIQUE)
     ] = None,
@@ -134,6 +140,7 @@ def run(
             low_rank,
             heads,
             width,
+            channels,
             fade,
             *(ignore or ()),
             binary or None,
@@ -153,6 +160,7 @@ def run(
                 low_rank=low_rank,
                 heads=heads,
                 width=width,
+                channels=channels,
                 fade=fade or "40%",
                 ignore=ignore or [],
                 freeze_original=freeze_original,

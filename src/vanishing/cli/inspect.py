@@ -53,7 +53,7 @@ class Options:
 
 def _options(model: nn.Module) -> dict[str, Options]:
     """What could be done with every layer by a rule that names it."""
-    from vanishing.compressors import HeadPruning, LowRank, MagnitudePruning, Quantization, WidthPruning
+    from vanishing.compressors import ChannelPruning, HeadPruning, LowRank, MagnitudePruning, Quantization, WidthPruning
     from vanishing.recipe import Recipe
     from vanishing.schedules import StepSchedule
 
@@ -63,6 +63,7 @@ def _options(model: nn.Module) -> dict[str, Options]:
         "low rank": LowRank(ratio=0.5),
         "heads": HeadPruning(0.5),
         "width": WidthPruning(0.5),
+        "channels": ChannelPruning(0.5),
     }
     found: dict[str, dict[str, str]] = {}
     for name, technique in techniques.items():

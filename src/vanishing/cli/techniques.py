@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vanishing.compressors import (
     Binary,
+    ChannelPruning,
     HeadPruning,
     LowRank,
     MagnitudePruning,
@@ -34,6 +35,7 @@ def recipe_from_flags(
     low_rank: str | None,
     heads: float | None,
     width: float | None,
+    channels: float | None,
     fade: str,
     ignore: list[str],
     freeze_original: bool,
@@ -48,6 +50,7 @@ def recipe_from_flags(
         low_rank: the share of weights that is kept, as in "0.25", or the rank, as in "16".
         heads: the share of attention heads that vanish.
         width: the share of the hidden units of feed-forward blocks that vanish.
+        channels: the share of the inner channels of blocks of convolutions that vanish.
         fade: steps, as in "1000", or a share of the run, as in "40%".
         ignore: globs of layers to leave alone.
         freeze_original: whether the originals of factored layers are not trained.
@@ -66,6 +69,9 @@ def recipe_from_flags(
     if width is not None:
         with _said_of(f"--width {width}"):
             structure.append(WidthPruning(width))
+    if channels is not None:
+        with _said_of(f"--channels {channels}"):
+            structure.append(ChannelPruning(channels))
     if low_rank is not None:
         with _said_of(f"--low-rank {low_rank}"):
             chain.append(_low_rank(low_rank))
@@ -78,16 +84,19 @@ def recipe_from_flags(
     if binary or ternary:
         chain.append(Binary() if binary else Ternary())
     if chain and structure:
-        raise InputProblem("--heads and --width cut layers, and nothing else can be done to them in the same run.")
+        raise InputProblem(
+            "--heads, --width and --channels cut layers, and nothing else can be done to them in the same run."
+        )
     if not chain and not structure:
         raise InputProblem(
-            "no technique. Give --prune, --bits, --binary, --ternary, --low-rank, --heads or --width, or a --recipe."
+            "no technique. Give --prune, --bits, --binary, --ternary, --low-rank, --heads, --width or --channels, or a "
+            "--recipe."
         )
     steps: int | str = int(fade) if fade.isdecimal() else fade
     with _said_of(f"--fade {fade}"):
         schedule = LinearSchedule(steps=steps)
-    # Both stand for every module: of two keys that are the same a mapping would keep one.
-    rules = dict(zip(("*", "**"), structure, strict=False)) or {"*": functools.reduce(operator.or_, chain)}
+    # All stand for every module: of two keys that are the same a mapping would keep one.
+    rules = dict(zip(("*", "**", "***"), structure, strict=False)) or {"*": functools.reduce(operator.or_, chain)}
     return Recipe(rules, ignore=ignore, schedule=schedule, freeze_original=freeze_original)
 
 

@@ -20,18 +20,20 @@ from vanishing.compressors.quantization import Quantization
 from vanishing.compressors.replace import Replace
 from vanishing.compressors.separable import DepthwiseSeparable
 from vanishing.compressors.skip import SkipBlock
-from vanishing.compressors.structured import HeadPruning, StructuredPruning, WidthPruning
+from vanishing.compressors.structured import ChannelPruning, HeadPruning, Importance, StructuredPruning, WidthPruning
 from vanishing.compressors.ternary import Ternary
 
 __all__ = [
     "Binary",
     "BlockCompressor",
     "Chain",
+    "ChannelPruning",
     "CompressedWeight",
     "Compressor",
     "DepthwiseSeparable",
     "Gradient",
     "HeadPruning",
+    "Importance",
     "LayerView",
     "LowRank",
     "MagnitudePruning",
