@@ -55,7 +55,8 @@ def test_which_techniques_have_a_strength() -> None:
     without = {name for name in TECHNIQUES if name not in RAMPED}
     assert without == {
         "replaced", "codebook", "pruned_codebook", "low_rank_8_bits", "low_rank_pruned", "low_rank_pruned_4_bits",
-        "low_rank_decaying_3_bits_damped", "low_rank_3_bits_searched", "rank_tucker", "rank_tucker_by_energy_8_bits", "rank_spatial_by_energy_pruned",
+        "low_rank_decaying_3_bits_damped", "low_rank_3_bits_searched",
+        "rank_tucker", "rank_tucker_by_energy_8_bits", "rank_spatial_by_energy_pruned",
     }  # fmt: skip
     with pytest.raises(vanishing.ConfigError, match="Chain has no strength between none and full"):
         Recipe({"*": LowRank(rank=2) | Quantization(bits=4)}, **RAMP)  # type: ignore[arg-type]

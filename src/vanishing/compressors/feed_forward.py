@@ -65,7 +65,7 @@ class NarrowFeedForward(BlockCompressor):
         group, narrow = observer.group, _group_of(replacement)
         assert narrow is not None
         moments = observer.moments
-        weight = group.taker.layer.weight.to(moments.dtype)
+        weight = group.taker.layer.get_parameter("weight").to(moments.dtype)
         kept = self._largest(moments.diagonal() * weight.square().sum(0))
         for old, new in zip(group.makers, narrow.makers, strict=True):
             for name in ("weight", "bias"):
@@ -73,7 +73,7 @@ class NarrowFeedForward(BlockCompressor):
                     new.layer.get_parameter(name).copy_(old.layer.get_parameter(name)[kept])
         among = moments[kept][:, kept]
         among.diagonal().add_(_DAMPING * moments.diagonal().mean())
-        narrow.taker.layer.weight.copy_(torch.linalg.solve(among, moments[kept] @ weight.T).T)
+        narrow.taker.layer.get_parameter("weight").copy_(torch.linalg.solve(among, moments[kept] @ weight.T).T)
 
     def _largest(self, scores: Tensor) -> Tensor:
         return scores.topk(max(1, round(self.ratio * len(scores)))).indices.sort().values
