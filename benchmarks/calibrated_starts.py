@@ -30,7 +30,7 @@ from vanishing.bench.statistics import summarize
 from vanishing.bench.training import Outcome, Point, fine_tune, train_dense
 from vanishing.bench.wording import percent
 
-ARMS = (POST_SHOT, VCON)
+ARMS = {arm.name: arm for arm in (POST_SHOT, VCON)}
 BATCHES = 8
 
 
@@ -70,7 +70,8 @@ def main() -> None:
 
         state, dense = train_dense(real.at(0), real.dense_budget, Path(folder) / "dense", on_step)
         print(f"{options.task}: dense {100 * dense.accuracy:.2f} %", flush=True)
-        for (name, start), arm in itertools.product(starts(options.sparsity, options.rank).items(), ARMS):
+        for name, arm in itertools.product(options.starts, [ARMS[arm] for arm in options.arms]):
+            start = starts(options.sparsity, options.rank)[name]
             runs = [_run(real, seed, state, start, arm, Path(folder) / "small", on_step) for seed in options.seeds]
             before = summarize([curve[0].shipped for _, curve in runs])
             accuracies = [outcome.accuracy for outcome, _ in runs]
@@ -100,6 +101,9 @@ def _run(
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(TASKS), default="r8")
+    names = list(starts(0.9, 16))
+    parser.add_argument("--starts", nargs="+", choices=names, default=names, metavar="START", help=", ".join(names))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="strategies (default: both)")
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of zeros (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="of the factors (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")

@@ -37,6 +37,7 @@ from vanishing.bench.wording import percent
 
 FADE = 1_000_000
 """Optimizer steps of the fade in which steps are timed: beta hardly moves in it."""
+TECHNIQUES = ["pruned", "low rank"]
 MOMENTS = {"in the fade": FADE // 2, "after it": FADE}
 
 
@@ -67,7 +68,8 @@ def measure(name: str, options: argparse.Namespace, folder: Path, on_step: Calla
         real = replace(real, dense_budget=_short(real.dense_budget, options), budget=_short(real.budget, options))
     state, dense = train_dense(real.at(0), real.dense_budget, folder / "dense", on_step)
     print(f"{name}: dense {100 * dense.accuracy:.2f} %", flush=True)
-    techniques = {"pruned": MagnitudePruning(options.sparsity), "low rank": LowRank(rank=options.rank)}
+    known = {"pruned": MagnitudePruning(options.sparsity), "low rank": LowRank(rank=options.rank)}
+    techniques = {technique: known[technique] for technique in options.techniques}
     record: dict[str, Any] = {"dense": asdict(dense)}
     for (technique, compressor), (learned, arm) in itertools.product(techniques.items(), arms(options).items()):
         tasks = [real.at(seed) for seed in options.seeds]
@@ -126,6 +128,7 @@ def _short(budget: Budget, options: argparse.Namespace) -> Budget:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, default=TECHNIQUES)
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of zeros (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="of the factors (default: %(default)s)")
     parser.add_argument("--local", type=float, default=1.0, help="weight of the local loss (default: %(default)s)")
