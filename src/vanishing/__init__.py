@@ -2,6 +2,7 @@
 
 from vanishing.calibration import Calibration, Observer
 from vanishing.compressors import (
+    ActivationQuantization,
     Binary,
     BlockCompressor,
     CompressedWeight,
@@ -14,6 +15,7 @@ from vanishing.compressors import (
     NarrowFeedForward,
     ProjectionCompressor,
     Quantization,
+    Range,
     Replace,
     Score,
     SkipBlock,
@@ -51,6 +53,7 @@ __all__ = [
     "Quantization",
     "Binary",
     "Ternary",
+    "ActivationQuantization",
     "LowRank",
     "HeadPruning",
     "WidthPruning",
@@ -73,6 +76,7 @@ __all__ = [
     "Global",
     "NM",
     "Gradient",
+    "Range",
     "Score",
     "Split",
     "Calibration",

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from vanishing.compressors import BlockCompressor
 from vanishing.encodings import dtype_name
 from vanishing.errors import ConfigError, FileError
-from vanishing.layers import Split, factor
-from vanishing.manifest import DType, LayerEntry, Manifest
+from vanishing.layers import QuantizedInput, Split, factor, find_kind
+from vanishing.layers.quantized_input import InputQuantizer, TensorQuantizer, TokenQuantizer, quantized_dimensions
+from vanishing.manifest import DType, InputEntry, LayerEntry, Manifest
 from vanishing.places import Places, is_below, join
 from vanishing.structure import narrowed, recounted
 
@@ -102,6 +103,8 @@ def _rebuilt(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module
         module = narrowed(module, _shapes(manifest, name, entry, module))
     if entry.structure == "weight":
         return module
+    if entry.input is not None:
+        return _with_quantized_input(module, entry.input)
     if entry.rank is None:
         return BlockCompressor.from_dict(entry.compressor).build(module)
     split = Split(entry.split)
@@ -118,10 +121,24 @@ def _rebuilt(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module
     return factor(module, *ranks, split=split).train(module.training)
 
 
+def _with_quantized_input(module: nn.Module, entry: InputEntry) -> QuantizedInput:
+    kind = find_kind(module)
+    if kind is None or not kind.takes_activations:
+        raise TypeError(f"a {type(module).__name__} takes no input that could be quantized.")
+    quantizer: InputQuantizer
+    if entry.range == "token":
+        quantizer = TokenQuantizer(entry.bits, entry.symmetric, quantized_dimensions(module))
+    else:
+        scale: Tensor = module.weight.new_ones(1, dtype=torch.float32)  # type: ignore[operator,union-attr]
+        quantizer = TensorQuantizer(entry.bits, scale, None if entry.symmetric else torch.zeros_like(scale))
+    return QuantizedInput(quantizer, module)
+
+
 def _shapes(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module) -> dict[str, list[int]]:
     """The shapes of a narrowed layer's parameters, before it is factored."""
-    known = {p: manifest.entry(join(name, p)) for p in module._parameters}
-    if entry.structure == "weight":
+    layer = join(name, "layer") if entry.structure == "quantized_input" else name
+    known = {p: manifest.entry(join(layer, p)) for p in module._parameters}
+    if entry.structure != "factored":
         return {parameter: found.shape for parameter, found in known.items() if found is not None}
     first, second = manifest.entry(join(name, "0.weight")), manifest.entry(join(name, "1.weight"))
     if first is None or second is None or not first.shape or not second.shape:
