@@ -32,6 +32,7 @@ from vanishing import (
     Split,
     Ternary,
 )
+from vanishing.layers import QuantizedInput
 from vanishing.schedules import Schedule
 
 BATCH, TOKENS, SIDE = 3, 5, 6
@@ -467,6 +468,13 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.transition.load_state_dict(state["transition"])
         return self
+
+
+def by_old_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module of a finished model but those that a quantized input adds, by its name in the original."""
+    added = {m for w in model.modules() if isinstance(w, QuantizedInput) for m in (w, w.quantizer)}
+    wrappers = {f"{name}.layer": name for name, module in model.named_modules() if isinstance(module, QuantizedInput)}
+    return {wrappers.get(name, name): module for name, module in model.named_modules() if module not in added}
 
 
 def tensors(nested: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import vanishing
 from architectures import ARCHITECTURES, Architecture, loss_of, tensors_of
-from vanishing import Compressor, LinearSchedule, LowRank, MagnitudePruning, Quantization
+from vanishing import ActivationQuantization, Compressor, LinearSchedule, LowRank, MagnitudePruning, Quantization
 
 FADE, SPLIT, END = 4, 3, 6
 
@@ -24,6 +24,7 @@ TECHNIQUES: dict[str, Compressor] = {
     "quantized": Quantization(bits=4),
     "low_rank": LowRank(ratio=0.25),
     "pruned_quantized": MagnitudePruning(sparsity=0.5) | Quantization(bits=4),
+    "quantized_inputs": Quantization(bits=4) | ActivationQuantization(bits=8),
 }
 
 

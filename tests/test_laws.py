@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import vanishing
-from cases import LAYERS, PAIRS, TECHNIQUES, LayerCase, Pair, Run, Technique, loss, outputs
+from cases import LAYERS, PAIRS, TECHNIQUES, LayerCase, Pair, Run, Technique, by_old_names, loss, outputs
 from vanishing import Compressor, Gradient, LowRank, MagnitudePruning
 from vanishing.blend import BlendedBlock
 from vanishing.layers import Factored, QuantizedInput
+from vanishing.places import join
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 
@@ -229,21 +230,10 @@ def test_5_finish_leaves_what_the_transition_computed_at_beta_0(pair: Pair) -> N
         return
     quantizes = pair.technique.compressor.quantizes_input  # type: ignore[attr-defined]
     assert any(isinstance(module, QuantizedInput) for module in model.modules()) == quantizes
-    modules = dict(layers_by_old_names(model))
+    modules = by_old_names(model)
     assert {name: type(module) for name, module in modules.items()} == kinds
-    assert [(old_name(name), id(p)) for name, p in model.named_parameters()] == parameters
+    assert [(join(n, p), id(q)) for n, m in modules.items() for p, q in m.named_parameters(recurse=False)] == parameters
     assert {name: set(vars(m)) - {"_vanishing_receipt"} for name, m in modules.items()} == before
-
-
-def layers_by_old_names(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of a finished model but those that a quantized input adds, by its name in the original."""
-    added = {m for w in model.modules() if isinstance(w, QuantizedInput) for m in (w, w.quantizer)}
-    yield from ((old_name(name), module) for name, module in model.named_modules() if module not in added)
-
-
-def old_name(name: str) -> str:
-    """The name in the original: a layer with a quantized input stands one level further down."""
-    return name.replace("layer.layer", "layer") if name.startswith("layer.layer") else name
 
 
 @accepted

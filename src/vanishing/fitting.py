@@ -15,7 +15,7 @@ from vanishing.encodings import dtype_name
 from vanishing.errors import ConfigError, FileError
 from vanishing.layers import QuantizedInput, Split, factor, find_kind
 from vanishing.layers.quantized_input import InputQuantizer, TensorQuantizer, TokenQuantizer, quantized_dimensions
-from vanishing.manifest import DType, InputEntry, LayerEntry, Manifest
+from vanishing.manifest import DType, InputEntry, LayerEntry, Manifest, TensorEntry
 from vanishing.places import Places, is_below, join
 from vanishing.structure import narrowed, recounted
 
@@ -109,7 +109,7 @@ def _rebuilt(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module
         return BlockCompressor.from_dict(entry.compressor).build(module)
     split = Split(entry.split)
     ranks = [rank for rank in (entry.rank, entry.inner_rank) if rank is not None]
-    first = manifest.entry(join(name, "0.0.weight" if split is Split.TUCKER else "0.weight"))
+    first = _stored_weight(manifest, join(name, "0.0" if split is Split.TUCKER else "0"))
     largest = max((size for p in module.parameters(recurse=False) for size in p.shape), default=0)
     held = max(first.shape, default=0) if first is not None else 0
     if split is Split.CHANNELS:
@@ -134,13 +134,18 @@ def _with_quantized_input(module: nn.Module, entry: InputEntry) -> QuantizedInpu
     return QuantizedInput(quantizer, module)
 
 
+def _stored_weight(manifest: Manifest, layer: str) -> TensorEntry | None:
+    """What the file holds as the weight of a layer, whose input may be quantized."""
+    return manifest.entry(join(layer, "weight")) or manifest.entry(join(layer, "layer.weight"))
+
+
 def _shapes(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module) -> dict[str, list[int]]:
     """The shapes of a narrowed layer's parameters, before it is factored."""
     layer = join(name, "layer") if entry.structure == "quantized_input" else name
     known = {p: manifest.entry(join(layer, p)) for p in module._parameters}
     if entry.structure != "factored":
         return {parameter: found.shape for parameter, found in known.items() if found is not None}
-    first, second = manifest.entry(join(name, "0.weight")), manifest.entry(join(name, "1.weight"))
+    first, second = _stored_weight(manifest, join(name, "0")), _stored_weight(manifest, join(name, "1"))
     if first is None or second is None or not first.shape or not second.shape:
         raise ValueError("the file holds no factors of it. Save the model again.")
     rows, columns = second.shape[0], first.shape[-1]
