@@ -367,7 +367,7 @@ def test_what_cannot_be_done_is_said_before_anything_changes() -> None:
         vanishing.prepare(model, ActivationQuantization(bits=8, range=Range.LEARNED), steps=4)
     with pytest.raises(RecipeError, match="the whole model has no place to be replaced in"):
         vanishing.prepare(nn.Linear(4, 4), W8A8, steps=4)
-    model[0].forward = model[0].forward  # type: ignore[method-assign]
+    model[0].forward = model[0].forward
     with pytest.raises(RecipeError, match="its forward was patched on the object"):
         vanishing.prepare(model, W8A8, steps=4)
     assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]

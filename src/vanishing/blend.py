@@ -258,7 +258,8 @@ def _shown_property(name: str, fast: property) -> property:
     """The property of a layer that runs with one weight after the other."""
 
     def blended(self: nn.Module) -> Tensor:
-        shown = self._modules["parametrizations"]._modules[name]._modules["0"].shown  # type: ignore[union-attr]
+        parametrizations: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+        shown = parametrizations._modules["0"].shown
         weight: Tensor = fast.fget(self) if shown is None else shown[0]  # type: ignore[misc]
         return weight
 

@@ -129,7 +129,7 @@ def _with_quantized_input(module: nn.Module, entry: InputEntry) -> QuantizedInpu
     if entry.range == "token":
         quantizer = TokenQuantizer(entry.bits, entry.symmetric, quantized_dimensions(module))
     else:
-        scale: Tensor = module.weight.new_ones(1, dtype=torch.float32)  # type: ignore[operator,union-attr]
+        scale: Tensor = module.weight.new_ones(1, dtype=torch.float32)  # type: ignore[operator]
         quantizer = TensorQuantizer(entry.bits, scale, None if entry.symmetric else torch.zeros_like(scale))
     return QuantizedInput(quantizer, module)
 

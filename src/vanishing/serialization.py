@@ -210,8 +210,9 @@ def _structure_of(module: nn.Module) -> dict[str, Any]:
     """What an entry says of a layer that `finish` or `load` has built."""
     if isinstance(module, QuantizedInput):
         quantizer = module.quantizer
-        range_ = "token" if isinstance(quantizer, TokenQuantizer) else "tensor"
-        return {"input": InputEntry(bits=quantizer.bits, symmetric=quantizer.symmetric, range=range_)}
+        by_token = isinstance(quantizer, TokenQuantizer)
+        entry = InputEntry(bits=quantizer.bits, symmetric=quantizer.symmetric, range="token" if by_token else "tensor")
+        return {"input": entry}
     if not isinstance(module, Factored):
         return {}
     rank, *inner = module.ranks

@@ -90,9 +90,9 @@ def test_layers_that_they_cannot_run_stay_and_are_named(caplog: pytest.LogCaptur
     }
     model = nn.ModuleDict({name: layer for name, (layer, *_) in cases.items()})
     rules = {name: technique for name, (_, technique, _) in cases.items()}
-    vanishing.prepare(model, Recipe(rules, schedule=StepSchedule(at=0))).finish()  # type: ignore[arg-type]
+    vanishing.prepare(model, Recipe(rules, schedule=StepSchedule(at=0))).finish()
     with torch.no_grad():
-        model["changed"].weight.mul_(1.1)
+        model.get_parameter("changed.layer.weight").mul_(1.1)
     with caplog.at_level(logging.WARNING):
         use_int8_kernels(model)
     said = {record.getMessage().split(" stays")[0]: record.getMessage() for record in caplog.records}

@@ -45,9 +45,10 @@ class Range(Enum):
 class ActivationQuantization(WeightCompressor):
     """Round what goes into a layer to one of `2**bits` equally spaced values, as integer kernels do.
 
-    In a chain it comes last: `Quantization(bits=4) | ActivationQuantization(bits=8)` is W4A8. Alone it leaves the weight
-    as it is. As the output is no longer a function of one blended weight, the layer runs twice while the original fades,
-    with the original weight and with the compressed one on the quantized input; the two share one latent weight.
+    In a chain it comes last: `Quantization(bits=4) | ActivationQuantization(bits=8)` is W4A8. Alone it leaves the
+    weight as it is. As the output is no longer a function of one blended weight, the layer runs twice while the
+    original fades: with the original weight, and with the compressed one on the quantized input. The two share one
+    latent weight.
 
     Symmetric: codes from `-2**(bits-1)` to `2**(bits-1) - 1`, times a scale of `max|x| / ((2**bits - 1) / 2)`.
     Asymmetric: a zero point that is a code itself, for inputs that lie mostly on one side of 0, as behind a ReLU. The

@@ -32,8 +32,8 @@ class Chain(WeightCompressor):
     """Techniques applied in turn, as made by `MagnitudePruning(0.5) | Quantization(bits=4)`.
 
     Low rank comes first (what follows acts on its factors), then pruning, then quantization, then that of activations.
-    Pruned weights stay zero under every quantizer; one bit is the sign of a weight that is kept, times the mean magnitude
-    of those that are.
+    Pruned weights stay zero under every quantizer; one bit is the sign of a weight that is kept, times the mean
+    magnitude of those that are.
 
     Args:
         compressors: the techniques in their order; chains in it are flattened.

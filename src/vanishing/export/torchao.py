@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,9 @@ logger = logging.getLogger(__name__)
 def use_int8_kernels(model: nn.Module) -> nn.Module:
     """Let torchao's int8 kernels run the linear layers whose inputs have 8 bits and whose weights are codes.
 
-    Each becomes a plain `nn.Linear` with a weight of torchao, as its `quantize_` makes it, but with the codes and scales
-    that were trained (`quantize_` alone looks for new ones). Other layers stay as they are, with a warning in the log:
-    convolutions, inputs of other widths, and weights without codes, in groups or with a zero point.
+    Each becomes a plain `nn.Linear` with a weight of torchao, as its `quantize_` makes it, but with the codes and
+    scales that were trained (`quantize_` alone looks for new ones). Other layers stay as they are, with a warning in
+    the log: convolutions, inputs of other widths, and weights without codes, in groups or with a zero point.
 
     Args:
         model: a finished or loaded model; changed in place, for inference.
@@ -50,10 +51,11 @@ def use_int8_kernels(model: nn.Module) -> nn.Module:
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedInput)]
     problems = {name: _problem(module, grids.get(join(name, "layer.weight"))) for name, module in found}
     if all(problems.values()):
-        reasons = "; ".join(f"{name!r}: {problem}" for name, problem in list(problems.items())[:3])
+        listed = "; ".join(f"{name!r}: {problem}" for name, problem in list(problems.items())[:3])
+        reasons = f" ({listed})" if listed else ""
         raise ValueError(
-            f"use_int8_kernels: the model has no layer that int8 kernels could run{f' ({reasons})' if reasons else ''}. "
-            f"Compress it by Quantization(bits=8) | ActivationQuantization(bits=8) before."
+            f"use_int8_kernels: the model has no layer that int8 kernels could run{reasons}. "
+            "Compress it by Quantization(bits=8) | ActivationQuantization(bits=8)."
         )
     places = Places(model)
     for name, module in found:
@@ -63,7 +65,7 @@ def use_int8_kernels(model: nn.Module) -> nn.Module:
         layer = module.layer
         codes, scale = _codes(layer.get_parameter("weight"), grids[join(name, "layer.weight")])
         quantize_(layer, _config(module.quantizer, layer))
-        weight = layer.get_parameter("weight")
+        weight: Any = layer.get_parameter("weight")
         weight.qdata.copy_(codes)
         weight.scale.copy_(scale)
         # One scale of all inputs is taken for a matrix alone.
