@@ -57,7 +57,7 @@ class InputRange(Observer):
         self._tally(values, float(torch.maximum(high, -low)))
 
     def _tally(self, values: Tensor, largest: float) -> None:
-        # Also true of no number, which nothing can be counted by.
+        # Nothing to count by in zeros alone, or beside an infinite input or one that is no number.
         if not 0.0 < largest < float("inf"):
             return
         if self._reach == 0.0:
