@@ -19,12 +19,14 @@ from vanishing import (
     ConfigError,
     HeadPruning,
     LinearSchedule,
+    LocalLoss,
     LowRank,
     MagnitudePruning,
     Quantization,
     Range,
     Recipe,
     RecipeError,
+    Rule,
     Score,
     StepSchedule,
 )
@@ -231,6 +233,45 @@ def test_the_blend_is_that_of_the_layers_outputs() -> None:
     transition.seek(7)
     small = at_once(perceptron()[:1], technique)
     torch.testing.assert_close(model(x), reference.blend_outputs(0.3, plain, small, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("on_weight", [Quantization(bits=4), MagnitudePruning(0.5) | Quantization(bits=4)], ids=repr)
+def test_weights_and_inputs_fade_each_in_a_window_of_its_own(
+    on_weight: vanishing.WeightCompressor, tmp_path: Path
+) -> None:
+    x, on_input = inputs(16, 24), ActivationQuantization(bits=4, range=Range.EXTREMES)
+    chain = on_weight | on_input
+    count = len(chain.compressors) - 1
+    windows = [LinearSchedule(steps=10)] * count + [LinearSchedule(start=10, steps=10)]
+    recipe = Recipe({"*": Rule(chain, schedules=windows)}, schedule=StepSchedule(at=0))  # type: ignore[arg-type]
+    model, plain = perceptron()[:1], perceptron()[:1]
+    transition = vanishing.prepare(model, recipe, calibration=[x])
+    assert torch.equal(model(x), plain(x))
+    small, smaller = (at_once(perceptron()[:1], t, [x] if t is chain else None) for t in (on_weight, chain))
+    transition.seek(10)
+    torch.testing.assert_close(model(x), small(x))
+    transition.seek(17)
+    torch.testing.assert_close(model(x), reference.blend_outputs(0.3, small, smaller, x))
+    transition.seek(20)
+    torch.testing.assert_close(model(x), smaller(x))
+    transition.finish()
+    torch.testing.assert_close(model(x), smaller(x))
+    vanishing.save(model, tmp_path / "small")
+    assert torch.equal(vanishing.load(tmp_path / "small", perceptron()[:1])(x), model(x))
+    assert vanishing.summary(model).after == vanishing.summary(smaller).after
+
+
+def test_a_local_loss_compares_the_outputs_of_both_forms() -> None:
+    x, technique = inputs(16, 24), Quantization(bits=4) | ActivationQuantization(bits=4)
+    model, plain = perceptron()[:1], perceptron()[:1]
+    recipe = Recipe({"*": technique}, schedule=LinearSchedule(steps=10), distillation=[LocalLoss(weight=1.0)])
+    transition = vanishing.prepare(model, recipe)
+    small = at_once(perceptron()[:1], technique)
+    for step in (0, 3):
+        transition.seek(step)
+        model(x)
+        expected = (small(x) - plain(x)).square().sum() / plain(x).square().sum()
+        torch.testing.assert_close(transition.auxiliary_loss(), expected, rtol=1e-4, atol=0)
 
 
 def test_under_autocast_beta_1_changes_no_bit_and_the_end_is_that_of_the_finished_model() -> None:
