@@ -141,6 +141,9 @@ TECHNIQUES: dict[str, Technique] = {
     "weights_4_inputs_8_bits_asymmetric": Technique(
         Quantization(bits=4, granularity=PerGroup(size=5)) | ActivationQuantization(bits=8, symmetric=False), ("input",)
     ),
+    "damped_weights_4_inputs_8_bits": Technique(
+        Quantization(bits=4, clip=0.5, damping=0.1) | ActivationQuantization(bits=8), ("input",)
+    ),
     "weights_4_inputs_8_bits_calibrated": Technique(
         Quantization(bits=4) | ActivationQuantization(bits=8, range=Range.LEAST_ERROR),
         ("input", "calls"),

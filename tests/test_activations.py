@@ -223,6 +223,23 @@ def test_each_technique_of_a_chain_looks_at_the_batches_itself() -> None:
     assert torch.equal(got[0].weight, expected[0].weight)  # type: ignore[index]
 
 
+def test_weights_are_drawn_to_their_codes_as_without_quantized_inputs() -> None:
+    ends = []
+    for technique in (Quantization(bits=2, damping=0.1), Quantization(bits=2, damping=0.1) | ActivationQuantization(8)):
+        model = perceptron()[:1]
+        transition = vanishing.prepare(model, technique, steps=1)
+        transition.step()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        for _ in range(5):
+            (0.0 * model(inputs(4, 24)).sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            transition.step()
+        ends.append(model[0].parametrizations.weight.original)
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], perceptron()[0].get_parameter("weight"))
+
+
 # In a model
 
 
