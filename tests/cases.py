@@ -16,6 +16,7 @@ import vanishing
 from codebook import Codebook
 from vanishing import (
     NM,
+    ActivationQuantization,
     Binary,
     Compressor,
     Global,
@@ -26,10 +27,12 @@ from vanishing import (
     PerGroup,
     PerTensor,
     Quantization,
+    Range,
     Replace,
     Split,
     Ternary,
 )
+from vanishing.layers import QuantizedInput
 from vanishing.schedules import Schedule
 
 BATCH, TOKENS, SIDE = 3, 5, 6
@@ -41,14 +44,17 @@ class Technique:
 
     Args:
         compressor: the technique, for layers of about ten channels.
-        needs: what a layer must allow, of "factors" (two layers in its place), "rank 2" and "groups of 4" (fan-in);
-            `LayerCase.refuses` says which layers do not.
+        needs: what a layer must allow, of "factors" (two layers in its place), "rank 2", "groups of 4" (fan-in),
+            "calls" (that it is called) and "input" (that it multiplies one with its weight); `LayerCase.refuses` says
+            which layers do not.
+        calibrated: whether it looks at batches before it starts.
         quick: whether the fast tests have it with every layer that is quick.
     """
 
     compressor: Compressor
     needs: tuple[str, ...] = ()
     quick: bool = False
+    calibrated: bool = False
 
 
 def _other_weights(block: nn.Module) -> nn.Module:
@@ -130,6 +136,30 @@ TECHNIQUES: dict[str, Technique] = {
     "low_rank_pruned": Technique(LowRank(ratio=0.5) | MagnitudePruning(0.5), ("factors",)),
     "low_rank_pruned_4_bits": Technique(
         LowRank(ratio=0.5) | MagnitudePruning(0.5) | Quantization(bits=4), ("factors",), quick=True
+    ),
+    "weights_8_inputs_8_bits": Technique(Quantization(bits=8) | ActivationQuantization(bits=8), ("input",), quick=True),
+    "weights_4_inputs_8_bits_asymmetric": Technique(
+        Quantization(bits=4, granularity=PerGroup(size=5)) | ActivationQuantization(bits=8, symmetric=False), ("input",)
+    ),
+    "damped_weights_4_inputs_8_bits": Technique(
+        Quantization(bits=4, clip=0.5, damping=0.1) | ActivationQuantization(bits=8), ("input",)
+    ),
+    "weights_4_inputs_8_bits_calibrated": Technique(
+        Quantization(bits=4) | ActivationQuantization(bits=8, range=Range.LEAST_ERROR),
+        ("input", "calls"),
+        quick=True,
+        calibrated=True,
+    ),
+    "pruned_weights_8_inputs_8_bits_extremes": Technique(
+        MagnitudePruning(0.6) | Quantization(bits=8) | ActivationQuantization(bits=8, range=Range.EXTREMES),
+        ("input", "calls"),
+        calibrated=True,
+    ),
+    "weights_4_inputs_4_bits_learned": Technique(
+        Quantization(bits=4) | ActivationQuantization(bits=4, range=Range.LEARNED, symmetric=False),
+        ("input", "calls"),
+        quick=True,
+        calibrated=True,
     ),
     "replaced": Technique(Replace(_other_weights), quick=True),
     "codebook": Technique(Codebook(bits=2), quick=True),
@@ -306,6 +336,7 @@ SEQUENCE = floats(BATCH, TOKENS, 8)
 WIDE_SEQUENCE = floats(BATCH, TOKENS, 12)
 SIGNAL, IMAGE, VOLUME = (floats(BATCH, 4, *[SIDE] * dimensions) for dimensions in (1, 2, 3))
 NO_FACTORS = "two layers cannot take its place"
+NO_INPUT = "it does more than multiply its one input with its weight"
 
 LAYERS: dict[str, LayerCase] = {
     "linear": LayerCase(lambda: Single(nn.Linear(12, 8)), WIDE_SEQUENCE),
@@ -320,10 +351,12 @@ LAYERS: dict[str, LayerCase] = {
         token_ids,
         ("embedding", "head"),
         linear=False,
-        refuses={"factors": "factors cannot be shared"},
+        refuses={"factors": "factors cannot be shared", "input": NO_INPUT},
         quick=True,
     ),
-    "linear_read": LayerCase(Reader, SEQUENCE, ("up", "down"), linear=False),
+    "linear_read": LayerCase(
+        Reader, SEQUENCE, ("up", "down"), linear=False, refuses={"calls": "nothing went through 'up'"}
+    ),
     "transformers_conv1d": LayerCase(lambda: Single(Conv1D(8, 12)), WIDE_SEQUENCE, quick=True),
     "conv1d": LayerCase(lambda: Single(nn.Conv1d(4, 8, 3, padding=1)), SIGNAL),
     "conv1d_dilated": LayerCase(
@@ -343,34 +376,49 @@ LAYERS: dict[str, LayerCase] = {
         lambda: Single(nn.ConvTranspose2d(4, 8, 2, stride=3, bias=False), output_size=[18, 19]), IMAGE
     ),
     "transposed3d": LayerCase(lambda: Single(nn.ConvTranspose3d(4, 6, 2, dilation=2, padding=1)), VOLUME),
-    "embedding": LayerCase(lambda: Single(nn.Embedding(10, 8, padding_idx=0)), token_ids, quick=True),
-    "attention": LayerCase(Attention, SEQUENCE, linear=False, refuses={"factors": NO_FACTORS}, quick=True),
+    "embedding": LayerCase(
+        lambda: Single(nn.Embedding(10, 8, padding_idx=0)), token_ids, refuses={"input": NO_INPUT}, quick=True
+    ),
+    "attention": LayerCase(
+        Attention, SEQUENCE, linear=False, refuses={"factors": NO_FACTORS, "input": NO_INPUT}, quick=True
+    ),
     "attention_separate": LayerCase(
         CrossAttention,
         lambda: (torch.randn(BATCH, 4, 8), torch.randn(BATCH, TOKENS, 12), torch.randn(BATCH, TOKENS, 16)),
         linear=False,
-        refuses={"factors": NO_FACTORS},
+        refuses={"factors": NO_FACTORS, "input": NO_INPUT},
     ),
-    "attention_output": LayerCase(Attention, SEQUENCE, ("layer.out_proj",)),
-    "encoder": LayerCase(_encoder, SEQUENCE, ENCODER_LAYERS, linear=False, refuses={"factors": NO_FACTORS}),
+    "attention_output": LayerCase(
+        Attention, SEQUENCE, ("layer.out_proj",), refuses={"input": "reads its weight and never calls it"}
+    ),
+    "encoder": LayerCase(
+        _encoder, SEQUENCE, ENCODER_LAYERS, linear=False, refuses={"factors": NO_FACTORS, "input": NO_INPUT}
+    ),
     "lstm": LayerCase(
         lambda: Single(nn.LSTM(12, 8, num_layers=2, bidirectional=True, proj_size=4, batch_first=True)),
         WIDE_SEQUENCE,
         linear=False,
-        refuses={"factors": NO_FACTORS},
+        refuses={"factors": NO_FACTORS, "input": NO_INPUT},
         quick=True,
     ),
     "gru": LayerCase(
         lambda: Single(nn.GRU(12, 8, num_layers=2, bidirectional=True, bias=False)),
         WIDE_SEQUENCE,
         linear=False,
-        refuses={"factors": NO_FACTORS},
+        refuses={"factors": NO_FACTORS, "input": NO_INPUT},
     ),
     "lstm_cell": LayerCase(
-        lambda: Single(nn.LSTMCell(12, 8)), floats(BATCH, 12), linear=False, refuses={"factors": NO_FACTORS}
+        lambda: Single(nn.LSTMCell(12, 8)),
+        floats(BATCH, 12),
+        linear=False,
+        refuses={"factors": NO_FACTORS, "input": NO_INPUT},
     ),
     "experts": LayerCase(
-        lambda: Single(Experts()), floats(BATCH, 8), linear=False, refuses={"factors": NO_FACTORS}, quick=True
+        lambda: Single(Experts()),
+        floats(BATCH, 8),
+        linear=False,
+        refuses={"factors": NO_FACTORS, "input": NO_INPUT},
+        quick=True,
     ),
 }
 
@@ -386,13 +434,17 @@ class Pair:
         """Return the layers of a seed in transition, with an optimizer."""
         return Run(self, self.layer.build(seed, dtype), dtype, self.layer.recipe(self.technique.compressor, **options))
 
+    def calibration(self, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, ...]] | None:
+        """Return batches for a technique that looks at some."""
+        return [self.layer.batch(50 + i, dtype) for i in range(2)] if self.technique.calibrated else None
+
 
 class Run:
     """A model in transition and its optimizer; everything random in it is a function of the step."""
 
     def __init__(self, pair: Pair, model: nn.Module, dtype: torch.dtype, recipe: vanishing.Recipe) -> None:
         self.layer, self.model, self.dtype = pair.layer, model, dtype
-        self.transition = vanishing.prepare(model, recipe)
+        self.transition = vanishing.prepare(model, recipe, calibration=pair.calibration(dtype))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     def train(self, until: int) -> Run:
@@ -419,6 +471,13 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.transition.load_state_dict(state["transition"])
         return self
+
+
+def by_old_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module of a finished model but those that a quantized input adds, by its name in the original."""
+    added = {m for w in model.modules() if isinstance(w, QuantizedInput) for m in (w, w.quantizer)}
+    wrappers = {f"{name}.layer": name for name, module in model.named_modules() if isinstance(module, QuantizedInput)}
+    return {wrappers.get(name, name): module for name, module in model.named_modules() if module not in added}
 
 
 def tensors(nested: Any) -> list[Tensor]:

@@ -155,6 +155,17 @@ def _stored(scale: Tensor, scale_type: torch.dtype | None) -> Tensor:
     return scale if scale_type is None else scale.to(scale_type).to(scale.dtype)
 
 
+# Quantized inputs.
+
+
+def learned_step(v: Tensor, step: Tensor, low: int, high: int, features: int) -> Tensor:
+    """LSQ (1902.08153), the pseudocode of its appendix: what the codes `low` to `high` of a step make of `v`."""
+    scale = 1 / math.sqrt(features * high)
+    step = (step - step * scale).detach() + step * scale
+    clipped = torch.clamp(v / step, low, high)
+    return ((clipped.round() - clipped).detach() + clipped) * step
+
+
 # Low rank.
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import vanishing
 from architectures import ARCHITECTURES, Architecture, loss_of, tensors_of
 from vanishing import (
+    ActivationQuantization,
     ChannelPruning,
     Compressor,
     HeadPruning,
@@ -76,6 +77,7 @@ TECHNIQUES: dict[str, Compressor] = {
     "quantized": Quantization(bits=4),
     "low_rank": LowRank(ratio=0.25),
     "pruned_quantized": MagnitudePruning(sparsity=0.5) | Quantization(bits=4),
+    "quantized_inputs": Quantization(bits=4) | ActivationQuantization(bits=8),
 }
 
 JOBS = (*TECHNIQUES, "structured", "replaced")

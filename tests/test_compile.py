@@ -8,6 +8,7 @@ from torch import nn
 
 import vanishing
 from vanishing import (
+    ActivationQuantization,
     Adaptive,
     Binary,
     Gradient,
@@ -18,6 +19,7 @@ from vanishing import (
     Order,
     PerGroup,
     Quantization,
+    Range,
     Recipe,
     Replace,
     Rule,
@@ -27,7 +29,7 @@ from vanishing import (
 )
 from vanishing.distillation import Distillation
 
-QUICK = {"pruned", "pruned_decaying", "binary", "low_rank"}
+QUICK = {"pruned", "pruned_decaying", "binary", "low_rank", "8_bits_inputs_8_bits"}
 COMPRESSORS: dict[str, vanishing.Compressor] = {
     "pruned": MagnitudePruning(0.5),
     "pruned_exact_gradient": MagnitudePruning(0.5, gradient=Gradient.EXACT),
@@ -40,6 +42,9 @@ COMPRESSORS: dict[str, vanishing.Compressor] = {
     "low_rank": LowRank(rank=2),
     "pruned_binary": MagnitudePruning(0.5) | Binary(),
     "low_rank_8_bits": LowRank(rank=2) | Quantization(bits=8),
+    "8_bits_inputs_8_bits": Quantization(bits=8) | ActivationQuantization(bits=8),
+    "inputs_8_bits_calibrated": ActivationQuantization(bits=8, range=Range.EXTREMES, symmetric=False),
+    "8_bits_inputs_8_bits_learned": Quantization(bits=8) | ActivationQuantization(bits=8, range=Range.LEARNED),
 }
 FADE = LinearSchedule(steps=5)
 SCHEDULES: dict[str, Recipe] = {
@@ -79,7 +84,9 @@ def run(
         recipe = compressor
     else:
         recipe = Recipe({key: compressor}, schedule=LinearSchedule(steps=5), distillation=losses)
-    transition = vanishing.prepare(model, recipe)
+    looks = bool(recipe.match(model).observed())
+    calibration = [torch.randn(4, 3, 3, 3, dtype=dtype)] if looks else None
+    transition = vanishing.prepare(model, recipe, calibration=calibration)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     torch._dynamo.utils.counters.clear()

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from vanishing.compressors import (
+    ActivationQuantization,
     Binary,
     Chain,
     ChannelPruning,
@@ -27,6 +28,7 @@ from vanishing.compressors import (
     MagnitudePruning,
     NarrowFeedForward,
     Quantization,
+    Range,
     Replace,
     Score,
     SkipBlock,
@@ -96,6 +98,9 @@ EXAMPLES: list[Config] = [
     Binary(granularity=PerTensor()),
     Ternary(),
     Ternary(granularity=PerGroup(), gradient=Gradient.CLIPPED),
+    ActivationQuantization(bits=8),
+    ActivationQuantization(bits=4, range=Range.LEAST_ERROR, symmetric=False),
+    Quantization(bits=4) | ActivationQuantization(bits=4, range=Range.LEARNED),
     LowRank(rank=16),
     LowRank(ratio=0.25),
     LowRank(energy=0.9),

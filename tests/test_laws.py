@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import vanishing
-from cases import LAYERS, PAIRS, TECHNIQUES, LayerCase, Pair, Run, Technique, loss, outputs
+from cases import LAYERS, PAIRS, TECHNIQUES, LayerCase, Pair, Run, Technique, by_old_names, loss, outputs
 from vanishing import Compressor, Gradient, LowRank, MagnitudePruning
 from vanishing.blend import BlendedBlock
-from vanishing.layers import Factored
+from vanishing.layers import Factored, QuantizedInput
+from vanishing.places import join
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 
@@ -150,11 +151,20 @@ def test_3_at_beta_0_the_original_has_no_influence(pair: Pair) -> None:
         assert any(not tensor.isfinite().all() for tensor in run.outputs())
         return
     places = [(module, name, weights[id(module), name]) for module, name, _ in blended_weights(run.model)]
+    quantizers = {module: input_quantizer(module, name) for module, name, _ in blended_weights(run.model)}
     run.transition.cancel()
     with torch.no_grad():
         for module, name, weight in places:
             module.get_parameter(name).copy_(weight)
+    for module, quantizer in quantizers.items():
+        if quantizer is not None:
+            module.register_forward_pre_hook(lambda _, x, quantizer=quantizer: (quantizer(x[0]), *x[1:]))
     assert_close(run.outputs(), before, 1e-6)
+
+
+def input_quantizer(module: nn.Module, name: str) -> nn.Module | None:
+    """What the layer's input goes through in its compressed form."""
+    return module.parametrizations[name][0].form.input_quantizer  # type: ignore[index, union-attr]
 
 
 def _is_shared(model: nn.Module, parameter: nn.Parameter) -> bool:
@@ -218,9 +228,12 @@ def test_5_finish_leaves_what_the_transition_computed_at_beta_0(pair: Pair) -> N
         assert not any(latent() is not None for latent in latents)
         assert not any(isinstance(module, BlendedBlock) for module in model.modules())
         return
-    assert {name: type(module) for name, module in model.named_modules()} == kinds
-    assert [(name, id(p)) for name, p in model.named_parameters()] == parameters
-    assert {name: set(vars(m)) - {"_vanishing_receipt"} for name, m in model.named_modules()} == before
+    quantizes = pair.technique.compressor.quantizes_input  # type: ignore[attr-defined]
+    assert any(isinstance(module, QuantizedInput) for module in model.modules()) == quantizes
+    modules = by_old_names(model)
+    assert {name: type(module) for name, module in modules.items()} == kinds
+    assert [(join(n, p), id(q)) for n, m in modules.items() for p, q in m.named_parameters(recurse=False)] == parameters
+    assert {name: set(vars(m)) - {"_vanishing_receipt"} for name, m in modules.items()} == before
 
 
 @accepted
@@ -300,7 +313,7 @@ def test_a_pair_that_is_refused_is_refused_before_anything_changes(pair: Pair) -
     reason = pair.layer.refusal(pair.technique)
     assert reason is not None
     with pytest.raises(vanishing.RecipeError, match=reason):
-        vanishing.prepare(model, pair.layer.recipe(pair.technique.compressor))
+        vanishing.prepare(model, pair.layer.recipe(pair.technique.compressor), calibration=pair.calibration())
     assert list(model.named_modules()) == before
     assert_same_bits(outputs(model, pair.layer.batch(99)), expected)
 

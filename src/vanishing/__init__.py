@@ -2,6 +2,7 @@
 
 from vanishing.calibration import Calibration, Observer
 from vanishing.compressors import (
+    ActivationQuantization,
     Binary,
     BlockCompressor,
     ChannelPruning,
@@ -16,6 +17,7 @@ from vanishing.compressors import (
     NarrowFeedForward,
     ProjectionCompressor,
     Quantization,
+    Range,
     Replace,
     Score,
     SkipBlock,
@@ -53,6 +55,7 @@ __all__ = [
     "Quantization",
     "Binary",
     "Ternary",
+    "ActivationQuantization",
     "LowRank",
     "HeadPruning",
     "WidthPruning",
@@ -76,6 +79,7 @@ __all__ = [
     "Global",
     "NM",
     "Gradient",
+    "Range",
     "Score",
     "Importance",
     "Split",

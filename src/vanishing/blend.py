@@ -20,6 +20,7 @@ from vanishing.caches import SeparateCaches, cache_places, caches_among, check_a
 from vanishing.compressors.base import Beta, CompressedWeight
 from vanishing.distributed import is_distributed
 from vanishing.errors import TransitionError
+from vanishing.layers.quantized_input import with_first
 from vanishing.receipt import Grid
 
 
@@ -134,6 +135,8 @@ class BlendedWeight(Blend):
         self.form = form
         # The form that is looked at now without the other one.
         self.alone: Form | None = None
+        self.shown: tuple[Tensor] | None = None
+        """The weight that the layer is to use now, while both forms run one after the other."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight that the layer uses: the original itself at beta = 1."""
@@ -151,7 +154,8 @@ def install_blended_weight(module: nn.Module, name: str, blends: Sequence[Blende
     """Register blends on a layer's weight, each on what the one before gives.
 
     The layer keeps its class, its `.weight` and its hooks. One that two smaller ones will replace runs those as soon
-    as the original is gone (beta = 0).
+    as the original is gone (beta = 0). One whose input is quantized as well runs in both forms while the original
+    fades, and their outputs are blended.
     """
     for each in blends:
         parametrize.register_parametrization(module, name, each, unsafe=True)
@@ -166,6 +170,9 @@ def install_blended_weight(module: nn.Module, name: str, blends: Sequence[Blende
         blended_type._apply = _recurrent_apply(blended_type.__mro__[1]._apply)
     if blend.form.factored is not None:
         blended_type.forward = _factored_forward(base_forward, name)
+    if blends[-1].form.input_quantizer is not None:
+        setattr(blended_type, name, _shown_property(name, fast))
+        blended_type.forward = _quantized_forward(base_forward, name, len(blends) - 1)
 
 
 def _weight_property(name: str, slow: property) -> property:
@@ -247,6 +254,53 @@ def _factored_forward(base_forward: Callable[..., Any], name: str) -> Callable[.
     return forward
 
 
+def _shown_property(name: str, fast: property) -> property:
+    """The property of a layer that runs with one weight after the other."""
+
+    def blended(self: nn.Module) -> Tensor:
+        parametrizations: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+        shown = parametrizations._modules["0"].shown
+        weight: Tensor = fast.fget(self) if shown is None else shown[0]  # type: ignore[misc]
+        return weight
+
+    return property(blended, fast.fset)
+
+
+def _quantized_forward(base_forward: Callable[..., Any], name: str, position: int) -> Callable[..., Any]:
+    def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
+        parametrizations: Any = self.parametrizations[name]  # type: ignore[index]
+        current = parametrizations[position]
+        beta, form = current.current_beta(), current.form
+        output: Tensor
+        compressed = current.vanished or current.alone is Form.COMPRESSED
+        if not compressed and (current.alone is Form.ORIGINAL or (isinstance(beta, float) and beta == 1.0)):
+            output = base_forward(self, *arguments, **keywords)
+            return output
+        quantized, others = with_first(form.input_quantizer, arguments, keywords)
+        if compressed:
+            output = base_forward(self, *quantized, **others)
+            return output
+        modules = list(parametrizations)
+        weight = _through(modules[:position], parametrizations.original)
+        after = modules[position + 1 :]
+        try:
+            modules[0].shown = (_through(after, weight),)
+            output = base_forward(self, *arguments, **keywords)
+            modules[0].shown = (_through(after, form.compress(weight)),)
+            other: Tensor = base_forward(self, *quantized, **others)
+        finally:
+            modules[0].shown = None
+        return _blend_tensors(output, other, beta, name)
+
+    return forward
+
+
+def _through(modules: Iterable[nn.Module], weight: Tensor) -> Tensor:
+    for module in modules:
+        weight = module(weight)
+    return weight
+
+
 def remove_blended_weight(module: nn.Module, name: str, order: tuple[str, ...]) -> None:
     """Give a layer its latent weight back as a plain parameter, in the place among its parameters that it had."""
     # PyTorch takes the weight's property away from the class, which copies of the module share.
@@ -280,7 +334,8 @@ def compressed_in_turn(blends: Sequence[BlendedWeight], weight: Tensor) -> Tenso
 
 def grid_in_turn(blends: Sequence[BlendedWeight], weight: Tensor) -> Grid | None:
     """Return the values that `compressed_in_turn` takes, None where they are any."""
-    return blends[-1].form.grid(compressed_in_turn(blends[:-1], weight))
+    on_weight = [blend for blend in blends if not blend.form.keeps_weight]
+    return on_weight[-1].form.grid(compressed_in_turn(on_weight[:-1], weight)) if on_weight else None
 
 
 class BlendedBlock(Blend):

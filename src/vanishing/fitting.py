@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from vanishing.compressors import BlockCompressor
 from vanishing.encodings import dtype_name
 from vanishing.errors import ConfigError, FileError
-from vanishing.layers import Split, factor
-from vanishing.manifest import DType, LayerEntry, Manifest
+from vanishing.layers import QuantizedInput, Split, factor, find_kind
+from vanishing.layers.quantized_input import InputQuantizer, TensorQuantizer, TokenQuantizer, quantized_dimensions
+from vanishing.manifest import DType, InputEntry, LayerEntry, Manifest, TensorEntry
 from vanishing.narrowing import narrowed
 from vanishing.places import Places, is_below, join
 from vanishing.structure import recounted
@@ -103,11 +104,13 @@ def _rebuilt(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module
         module = narrowed(module, _shapes(manifest, name, entry, module))
     if entry.structure == "weight":
         return module
+    if entry.input is not None:
+        return _with_quantized_input(module, entry.input)
     if entry.rank is None:
         return BlockCompressor.from_dict(entry.compressor).build(module)
     split = Split(entry.split)
     ranks = [rank for rank in (entry.rank, entry.inner_rank) if rank is not None]
-    first = manifest.entry(join(name, "0.0.weight" if split is Split.TUCKER else "0.weight"))
+    first = _stored_weight(manifest, join(name, "0.0" if split is Split.TUCKER else "0"))
     largest = max((size for p in module.parameters(recurse=False) for size in p.shape), default=0)
     held = max(first.shape, default=0) if first is not None else 0
     if split is Split.CHANNELS:
@@ -119,14 +122,33 @@ def _rebuilt(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module
     return factor(module, *ranks, split=split).train(module.training)
 
 
+def _with_quantized_input(module: nn.Module, entry: InputEntry) -> QuantizedInput:
+    kind = find_kind(module)
+    if kind is None or not kind.takes_activations:
+        raise TypeError(f"a {type(module).__name__} takes no input that could be quantized.")
+    quantizer: InputQuantizer
+    if entry.range == "token":
+        quantizer = TokenQuantizer(entry.bits, entry.symmetric, quantized_dimensions(module))
+    else:
+        scale: Tensor = module.weight.new_ones(1, dtype=torch.float32)  # type: ignore[operator]
+        quantizer = TensorQuantizer(entry.bits, scale, None if entry.symmetric else torch.zeros_like(scale))
+    return QuantizedInput(quantizer, module)
+
+
+def _stored_weight(manifest: Manifest, layer: str) -> TensorEntry | None:
+    """What the file holds as the weight of a layer, whose input may be quantized."""
+    return manifest.entry(join(layer, "weight")) or manifest.entry(join(layer, "layer.weight"))
+
+
 def _shapes(manifest: Manifest, name: str, entry: LayerEntry, module: nn.Module) -> dict[str, list[int]]:
     """The shapes of what is smaller in a narrowed layer, before it is factored."""
     tensors = {n: t for n, t in (module._parameters | module._buffers).items() if t is not None}
-    if entry.structure == "weight":
-        known = {n: found.shape for n in tensors if (found := manifest.entry(join(name, n))) is not None}
+    if entry.structure != "factored":
+        layer = join(name, "layer") if entry.structure == "quantized_input" else name
+        known = {n: found.shape for n in tensors if (found := manifest.entry(join(layer, n))) is not None}
     else:
         tucker = entry.split == Split.TUCKER.value
-        first, last = (manifest.entry(join(name, f"{place}.weight")) for place in ("0.0" if tucker else "0", "1"))
+        first, last = (_stored_weight(manifest, join(name, place)) for place in ("0.0" if tucker else "0", "1"))
         if first is None or last is None or min(len(first.shape), len(last.shape)) < 2:
             raise ValueError("the file holds no factors of it. Save the model again.")
         rows = last.shape[0]

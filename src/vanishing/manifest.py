@@ -112,6 +112,17 @@ class PackedTensor(_Tensor):
 TensorEntry = DenseTensor | SparseTensor | PackedTensor
 
 
+class InputEntry(_Strict):
+    """What the input of a layer goes through: rounding to `bits`, with a range for each token or one for all.
+
+    The latter is given by `.quantizer.scale` and, if not symmetric, `.quantizer.zero_point` below the layer.
+    """
+
+    bits: Annotated[int, Field(ge=2, le=8)]
+    symmetric: bool = True
+    range: Literal["token", "tensor"] = "token"
+
+
 class LayerEntry(_Strict):
     """One layer of the model that is not, or not only, what the fresh architecture has there.
 
@@ -119,9 +130,10 @@ class LayerEntry(_Strict):
     layers of a Tucker split. `compressor` makes a replaced block anew, and with the next two tells `summary` what was
     done. `grids` names the parameters below the layer whose codes are stored. `narrowed_from` is the shape
     that the weight of a narrower layer had, and `counts` holds what attributes of a module with fewer units are now.
+    `input` is for a layer with a quantized input, which stands below the name of the entry as `.layer`.
     """
 
-    structure: Literal["weight", "factored", "replaced"]
+    structure: Literal["weight", "factored", "quantized_input", "replaced"]
     rank: Size | None = None
     inner_rank: Size | None = None
     split: Literal["channels", "spatial", "tucker"] = "channels"
@@ -131,6 +143,7 @@ class LayerEntry(_Strict):
     grids: list[str] = []
     narrowed_from: list[Size] | None = None
     counts: dict[str, Size] = {}
+    input: InputEntry | None = None
 
     @property
     def is_rebuilt(self) -> bool:
@@ -141,6 +154,8 @@ class LayerEntry(_Strict):
     def _complete(self) -> LayerEntry:
         if (self.rank is not None) != (self.structure == "factored"):
             raise ValueError("a factored layer has a rank, and no other layer has")
+        if (self.input is not None) != (self.structure == "quantized_input"):
+            raise ValueError("a layer with a quantized input has an entry for it, and no other layer has")
         if (self.inner_rank is not None) != (self.split == "tucker") or (
             self.rank is None and self.split != "channels"
         ):

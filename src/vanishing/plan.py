@@ -19,12 +19,19 @@ from vanishing.compressors import BlockCompressor, Compressor, LayerView, Replac
 from vanishing.distillation import Teacher
 from vanishing.drives import schedule_problems
 from vanishing.errors import RecipeError
-from vanishing.layers import Factored, LayerKind, find_kind
+from vanishing.layers import Factored, LayerKind, QuantizedInput, find_kind
 from vanishing.patterns import Glob, Pattern
 from vanishing.places import is_below
 from vanishing.receipt import read_receipt
 from vanishing.recipe import Recipe, Rule
-from vanishing.suitability import block_problem, cut_problem, replacement_problem, weight_problem
+from vanishing.suitability import (
+    block_problem,
+    cut_problem,
+    input_problem,
+    layers_that_are_read,
+    replacement_problem,
+    weight_problem,
+)
 from vanishing.tally import Tally, nearest_names, rule_problem
 from vanishing.teacher import find_features
 from vanishing.text import as_text
@@ -171,6 +178,8 @@ class _Planner:
         ignored = [c for c in self.candidates if any(c.matched_by(pattern) for pattern in recipe.ignore)]
         self.ignored = {name for candidate in ignored for name in candidate.names}
         self.factored = {n for c in self.candidates if isinstance(c.module, Factored) for n in c.names}
+        self.quantized = {n for c in self.candidates if isinstance(c.module, QuantizedInput) for n in c.names}
+        self.read = layers_that_are_read(model)
         self.replaced: set[str] = set()
         units = {c.unit for _, rule in recipe.rules if isinstance(c := rule.compressor, StructuredPruning)}
         self.groups = {unit: {id(g.taker.layer): g for g in groups_of(model, unit)} for unit in units}
@@ -311,6 +320,10 @@ class _Planner:
             return self._structure_refusal(candidate, compressor)
         if compressor.replaces_layer and candidate.within(self.factored):
             return "it is one of the two layers that a factored one is made of already"
+        if compressor.quantizes_input and candidate.within(self.quantized):
+            return "its input is quantized already"
+        if compressor.quantizes_input and id(candidate.module) in self.read:
+            return self.read[id(candidate.module)]
         return compressor.refusal(candidate.kind)
 
     def _structure_refusal(self, candidate: _Candidate, compressor: StructuredPruning) -> str | None:
@@ -335,7 +348,8 @@ class _Planner:
     def _rebuilt_earlier(self, candidate: _Candidate, is_block: bool) -> str | None:
         """Why a module that an earlier transition built cannot be compressed again; None where it can."""
         for name, layer in self.finished.items():
-            if layer.structure == "factored" and name not in self.factored:
+            standing = {"factored": self.factored, "quantized_input": self.quantized}.get(layer.structure)
+            if standing is not None and name not in standing:
                 # Somebody has put another module there since.
                 continue
             if layer.structure == "replaced" and name in candidate.names:
@@ -418,6 +432,8 @@ class _Planner:
                 return f"its weight is tied to {others}, which another rule compresses. Use one rule for all"
             if compressor.replaces_layer or any(view.layout != layer.layout for view in layers):
                 return f"its weight is tied to {others}, and factors cannot be shared so. Add them to ignore"
+        if compressor.quantizes_input:
+            return input_problem(candidate.name, layer)
         return replacement_problem(candidate.name, layer) if compressor.replaces_layer else None
 
     def _problem(self, compressor: Compressor, name: str, what: str, problem: str) -> None:

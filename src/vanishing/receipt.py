@@ -45,7 +45,7 @@ class FinishedLayer:
     Args:
         compressor: the technique.
         structure: "weight" for the same layer with another weight, "factored" for two plain layers in its place,
-            "replaced" for a module of the user's.
+            "quantized_input" for the layer with what its input goes through, "replaced" for a module of the user's.
         parameters_before: number of parameters of the original layer.
         bytes_before: their size in memory.
         grids: parameter name below the layer -> the values that it may take, for quantized weights.

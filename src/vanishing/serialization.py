@@ -20,10 +20,12 @@ from vanishing.encodings import dtype_name, encode
 from vanishing.errors import ConfigError, FileError, TransitionError
 from vanishing.fitting import Fit, check_fit, identity, plain_state, rebuild, rebuilt_names
 from vanishing.folder import replace_folder
-from vanishing.layers import Factored
+from vanishing.layers import Factored, QuantizedInput
+from vanishing.layers.quantized_input import TokenQuantizer
 from vanishing.manifest import (
     MANIFEST,
     WEIGHTS,
+    InputEntry,
     LayerEntry,
     Manifest,
     PackedTensor,
@@ -173,12 +175,13 @@ def _describe_layers(model: nn.Module, layers: dict[str, FinishedLayer], packed:
     entries: dict[str, LayerEntry] = {}
     for name, done in layers.items():
         module = modules.get(name)
-        if module is None or (done.structure == "factored") != isinstance(module, Factored):
+        kinds = {"factored": Factored, "quantized_input": QuantizedInput}
+        if module is None or any((done.structure == s) != isinstance(module, kind) for s, kind in kinds.items()):
             logger.warning("%s: is not the layer that finish left there, so nothing is recorded about it.", name)
             continue
         entries[name] = LayerEntry(
             structure=done.structure,  # type: ignore[arg-type]
-            **(_split_of(module) if isinstance(module, Factored) else {}),
+            **_structure_of(module),
             compressor=done.compressor.to_dict(),
             parameters_before=done.parameters_before,
             bytes_before=done.bytes_before,
@@ -191,13 +194,27 @@ def _describe_layers(model: nn.Module, layers: dict[str, FinishedLayer], packed:
     for name, module in model.named_modules():
         # A Tucker split is one factored layer in another.
         around = [*replaced, *(own for own, entry in entries.items() if entry.structure == "factored")]
-        inside = any(is_below(name, own) for own in around)
+        inside = _is_below_any(name, around)
         if isinstance(module, Factored) and id(module) not in known and not inside:
-            entries[name] = LayerEntry(structure="factored", **_split_of(module))
+            entries[name] = LayerEntry(structure="factored", **_structure_of(module))
+        elif isinstance(module, QuantizedInput) and id(module) not in known and not _is_below_any(name, replaced):
+            entries[name] = LayerEntry(structure="quantized_input", **_structure_of(module))
     return entries
 
 
-def _split_of(module: Factored) -> dict[str, Any]:
+def _is_below_any(name: str, modules: list[str]) -> bool:
+    return any(is_below(name, module) for module in modules)
+
+
+def _structure_of(module: nn.Module) -> dict[str, Any]:
+    """What an entry says of a layer that `finish` or `load` has built."""
+    if isinstance(module, QuantizedInput):
+        quantizer = module.quantizer
+        by_token = isinstance(quantizer, TokenQuantizer)
+        entry = InputEntry(bits=quantizer.bits, symmetric=quantizer.symmetric, range="token" if by_token else "tensor")
+        return {"input": entry}
+    if not isinstance(module, Factored):
+        return {}
     rank, *inner = module.ranks
     return {"rank": rank, "inner_rank": inner[0] if inner else None, "split": module.split.value}
 

@@ -28,7 +28,7 @@ from vanishing.compressors.structured import TakenUnits
 from vanishing.distributed import whole
 from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import ConfigError, TransitionError
-from vanishing.layers import Factored
+from vanishing.layers import Factored, QuantizedInput
 from vanishing.narrowing import Exchanged
 from vanishing.places import Places, drop_copied_hooks
 from vanishing.plan import Plan, PlannedBlock, PlannedWeight
@@ -261,6 +261,12 @@ class WeightSite(Site):
             for weight in self._weights():
                 weight.copy_(final)
             structure = "weight"
+            on_input = self._blends[-1].form.input_quantizer
+            if on_input is not None:
+                structure, grids = "quantized_input", {f"layer.{name}": grid for name, grid in grids.items()}
+                quantizer = on_input.plain()
+                for module, _ in self.planned.owners:
+                    places.put(module, QuantizedInput(quantizer, module))
         finished = FinishedLayer(self.planned.compressor, structure, *self._before, grids)
         return dict.fromkeys(self.planned.names, finished)
 

@@ -64,6 +64,27 @@ def replacement_problem(name: str, layer: LayerView) -> str | None:
     )
 
 
+def input_problem(name: str, layer: LayerView) -> str | None:
+    """Return why the input of a layer cannot be quantized, None where it can."""
+    if not name:
+        return _NO_PLACE
+    if "forward" in vars(layer.module):
+        return "its forward was patched on the object, so that it would not see another input. Remove the patch first"
+    return None
+
+
+def layers_that_are_read(model: nn.Module) -> dict[int, str]:
+    """Return layers of PyTorch's own blocks, by identity, that are not called always or ever, with the reason."""
+    found: dict[int, str] = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found[id(module.out_proj)] = "nn.MultiheadAttention reads its weight and never calls it"
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            reason = "in evaluation nn.TransformerEncoderLayer reads its weight and does not call it"
+            found |= {id(module.linear1): reason, id(module.linear2): reason}
+    return found
+
+
 def _tensors_problem(tensors: list[Tensor]) -> str | None:
     if any(is_lazy(t) for t in tensors):
         return "it is lazy and has no weights yet. Run one batch through the model first"

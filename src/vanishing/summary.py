@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from vanishing.blend import BlendedBlock, blended_weights, compressed_in_turn, grid_in_turn
 from vanishing.encodings import encode
 from vanishing.inputs import call
-from vanishing.layers import Factored, LayerKind, Split, find_kind
+from vanishing.layers import Factored, LayerKind, QuantizedInput, Split, find_kind
 from vanishing.places import is_below, join
 from vanishing.receipt import FinishedLayer, Grid, read_receipt
 from vanishing.text import as_text
@@ -121,25 +121,31 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     layers = list(_layers(model, finished))
     if not layers:
         raise ValueError(f"summary: {type(model).__name__} has no parameters to sum up.")
-    blocks = {m for name, m in layers if _is_block(m, finished.get(name))}
-    counted = [m for _, m in layers if m not in blocks] + [m for block in blocks for m in _layers_within(block)]
+    blocks = {m for name, _, m in layers if _is_block(m, finished.get(name))}
+    counted = [m for *_, m in layers if m not in blocks] + [m for block in blocks for m in _layers_within(block)]
     passes = _count_passes(model, counted, example_inputs)
     seen: set[int] = set()
-    rows = (_row(name, module, finished, passes, seen) for name, module in layers)
+    rows = (_row(name, path, module, finished, passes, seen) for name, path, module in layers)
     return Summary(tuple(rows))
 
 
-def _layers(model: nn.Module, finished: dict[str, FinishedLayer]) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that is one row: with parameters of its own, or standing for a layer or block as a whole."""
+def _layers(model: nn.Module, finished: dict[str, FinishedLayer]) -> Iterator[tuple[str, str, nn.Module]]:
+    """Every module that is one row: with parameters of its own, or standing for a layer or block as a whole.
+
+    The name of the row comes first, then that of the module, which differ where its input is quantized.
+    """
     whole: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{prefix}.") for prefix in whole):
             continue
-        if _is_whole(module, finished.get(name)):
+        if isinstance(module, QuantizedInput):
             whole.append(name)
-            yield name, module
+            yield name, join(name, "layer"), module.layer
+        elif _is_whole(module, finished.get(name)):
+            whole.append(name)
+            yield name, name, module
         elif any(True for _ in module.parameters(recurse=False)):
-            yield name, module
+            yield name, name, module
 
 
 def _is_whole(module: nn.Module, finished: FinishedLayer | None) -> bool:
@@ -167,15 +173,18 @@ def _layers_within(block: nn.Module) -> Iterator[nn.Module]:
 
 def _row(
     name: str,
+    path: str,
     module: nn.Module,
     finished: Mapping[str, FinishedLayer],
     passes: Mapping[nn.Module, Passes],
     seen: set[int],
 ) -> SummaryRow:
     whole = _is_whole(module, finished.get(name))
-    within = {layer: done for layer, done in finished.items() if layer == name or (whole and is_below(layer, name))}
+    within = {
+        layer: done for layer, done in finished.items() if layer in (name, path) or (whole and is_below(layer, path))
+    }
     grids = {join(layer, parameter): grid for layer, done in within.items() for parameter, grid in done.grids.items()}
-    after = [(t, g) for t, g, identity in _final_tensors(module, whole, name, grids) if _is_new(identity, seen)]
+    after = [(t, g) for t, g, identity in _final_tensors(module, whole, path, grids) if _is_new(identity, seen)]
     size = Size(
         parameters=sum(t.numel() for t, _ in after),
         nonzeros=sum(int(t.count_nonzero()) for t, _ in after),

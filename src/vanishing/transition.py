@@ -638,7 +638,7 @@ class Transition:
 
     def _finish_sites(self) -> dict[str, FinishedLayer]:
         """Leave plain modules and let go of the originals, before anything else is run."""
-        gone = [p for site in self._sites for p in site.original_parameters]
+        gone = [p for site in self._sites for p in (*site.original_parameters, *site.new_parameters)]
         layers: dict[str, FinishedLayer] = {}
         places = Places(self.model)
         for site in self._sites:

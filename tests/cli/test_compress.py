@@ -25,6 +25,7 @@ from test_folder import small_disk
 from tiny_models import sentences, write_bert, write_csv, write_images, write_llama, write_tagged, write_vit
 from vanishing.cli import app
 from vanishing.integrations.transformers import last_complete_checkpoint
+from vanishing.layers import QuantizedInput
 
 RUNNER = CliRunner()
 LABELS = ["food", "music", "sport"]
@@ -273,6 +274,17 @@ def test_heads_and_hidden_units_are_cut(tmp_path: Path, texts: tuple[Path, Path]
     assert found["bytes"]["compressed"] < found["bytes"]["original"]
 
 
+def test_weights_and_activations_have_8_bits(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    flags = ("--bits", 8, "--activations", 8, "--epochs", 1)
+    found = outcome(compress(texts[0], "--data", texts[1], *settings(tmp_path, *flags)))
+    small: Any = vanishing.load(tmp_path / "small")
+    query = small.bert.encoder.layer[0].attention.self.query
+    assert isinstance(query, QuantizedInput) and query.quantizer.bits == 8
+    assert not any(isinstance(module, QuantizedInput) for module in small.classifier.modules())
+    assert found["parameters"]["compressed"] == found["parameters"]["original"]
+    assert found["bytes"]["compressed"] < found["bytes"]["original"]
+
+
 WRONG: dict[str, tuple[list[object], str]] = {
     "a model that is not there": (["./nothing", "--data", "DATA", "--binary"], "there is no folder ./nothing"),
     "data that is not there": (["MODEL", "--data", "./nothing.csv", "--binary"], "there is no file or folder"),
@@ -284,6 +296,11 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "two that exclude each other": (["MODEL", "--data", "DATA", "--bits", 4, "--binary"], "exclude each other"),
     "a share above 1": (["MODEL", "--data", "DATA", "--prune", 1.5], "--prune 1.5: sparsity is the share"),
     "bits that are too many": (["MODEL", "--data", "DATA", "--bits", 9], "--bits 9: bits is the width"),
+    "activations of one bit": (["MODEL", "--data", "DATA", "--activations", 1], "--activations 1: bits is the width"),
+    "activations of factors": (
+        ["MODEL", "--data", "DATA", "--low-rank", 0.5, "--activations", 8],
+        "--low-rank and --activations exclude each other",
+    ),
     "all heads": (["MODEL", "--data", "DATA", "--heads", 1], "--heads 1.0: sparsity is the share of units"),
     "no channels": (["MODEL", "--data", "DATA", "--channels", 0.5], "none of which ChannelPruning can take"),
     "units and bits": (["MODEL", "--data", "DATA", "--heads", 0.5, "--bits", 4], "in the same run"),

@@ -34,7 +34,13 @@ def test_inspect_counts_what_is_there(tmp_path: Path) -> None:
     found = json.loads(invoke("inspect", bert, "--json"))
     assert found["before"]["parameters"] == sum(p.numel() for p in model.parameters())
     rows = {row["name"]: row for row in found["layers"]}
-    assert rows["bert.encoder.layer.0.attention.self.query"]["could"] == ["prune", "quantize", "low rank", "heads"]
+    assert rows["bert.encoder.layer.0.attention.self.query"]["could"] == [
+        "prune",
+        "quantize",
+        "activations",
+        "low rank",
+        "heads",
+    ]
     assert rows["bert.embeddings.LayerNorm"]["could"] == []
     printed = invoke("inspect", bert)
     assert f"{found['before']['parameters']:,} parameters" in printed

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vanishing
 from vanishing import (
+    ActivationQuantization,
     Adaptive,
     Binary,
     Compressor,
@@ -29,6 +30,7 @@ from vanishing import (
     LowRank,
     MagnitudePruning,
     Quantization,
+    Range,
     Replace,
     Rule,
     Score,
@@ -79,6 +81,7 @@ TECHNIQUES: dict[str, dict[Any, Compressor | Rule]] = {
         "*.feed_forward.0": MagnitudePruning(0.5, score=Score.WANDA),
         "*.feed_forward.2": LowRank(rank=2, whitened=True),
     },
+    "learned_inputs": {"*.feed_forward.*": ActivationQuantization(bits=8, range=Range.LEARNED)},
     "replace": {"*.feed_forward": Replace(narrow, name="narrow of distributed runs")},
     "staggered": {"*": Rule(MagnitudePruning(0.5), schedule=Staggered(SCHEDULE))},
     "adaptive": {"*": Rule(Binary(), schedule=Adaptive(LinearSchedule(steps=3), limit=0.01, deadline=6, every=1))},
@@ -115,7 +118,8 @@ def prepared(way: str, technique: str) -> tuple[nn.Module, nn.Module, vanishing.
     model = build()
     distillation = DISTILLATION if technique == "distilled" else []
     recipe = vanishing.Recipe(TECHNIQUES[technique], schedule=SCHEDULE, distillation=distillation)
-    transition = vanishing.prepare(model, recipe, calibration=batches()[:2] if technique == "calibrated" else None)
+    calibration = batches()[:2] if recipe.match(model).observed() else None
+    transition = vanishing.prepare(model, recipe, calibration=calibration)
     wrapped: nn.Module = model
     if way == "ddp":
         wrapped = DistributedDataParallel(model)

@@ -40,6 +40,10 @@ def run(
     ternary: Annotated[
         bool, typer.Option("--ternary", help="Weights -1, 0 and 1 times a scale.", rich_help_panel=_TECHNIQUE)
     ] = False,
+    activations: Annotated[
+        int | None,
+        typer.Option(help="Bits of what goes into a layer, 2 to 8; with --bits 8, W8A8.", rich_help_panel=_TECHNIQUE),
+    ] = None,
     low_rank: Annotated[
         str | None,
         typer.Option(help="Share of the weights that is kept, as in 0.25; or the rank.", rich_help_panel=_TECHNIQUE),
@@ -137,6 +141,7 @@ def run(
         flags = (
             prune,
             bits,
+            activations,
             low_rank,
             heads,
             width,
@@ -155,6 +160,7 @@ def run(
             else recipe_from_flags(
                 prune=prune,
                 bits=bits,
+                activations=activations,
                 binary=binary,
                 ternary=ternary,
                 low_rank=low_rank,

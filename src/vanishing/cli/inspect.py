@@ -53,13 +53,22 @@ class Options:
 
 def _options(model: nn.Module) -> dict[str, Options]:
     """What could be done with every layer by a rule that names it."""
-    from vanishing.compressors import ChannelPruning, HeadPruning, LowRank, MagnitudePruning, Quantization, WidthPruning
+    from vanishing.compressors import (
+        ActivationQuantization,
+        ChannelPruning,
+        HeadPruning,
+        LowRank,
+        MagnitudePruning,
+        Quantization,
+        WidthPruning,
+    )
     from vanishing.recipe import Recipe
     from vanishing.schedules import StepSchedule
 
     techniques = {
         "prune": MagnitudePruning(sparsity=0.5),
         "quantize": Quantization(bits=4),
+        "activations": ActivationQuantization(bits=8),
         "low rank": LowRank(ratio=0.5),
         "heads": HeadPruning(0.5),
         "width": WidthPruning(0.5),

@@ -71,6 +71,7 @@ def commented_recipe(model: nn.Module, name: str) -> str:
 #   {{kind: magnitude_pruning, granularity: {{kind: nm, n: 2, m: 4}}}}
 #   {{kind: quantization, bits: 4}}                       or with granularity: {{kind: per_group, size: 64}}
 #   {{kind: binary}}  {{kind: ternary}}
+#   {{kind: activation_quantization, bits: 8}}            of what goes into a layer; last in a chain
 #   {{kind: low_rank, ratio: 0.25}}                       or rank: 16, or energy: 0.9
 rules:
 {rules}{_heads(heads)}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vanishing.compressors import (
+    ActivationQuantization,
     Binary,
     ChannelPruning,
     HeadPruning,
@@ -30,6 +31,7 @@ def recipe_from_flags(
     *,
     prune: str | None,
     bits: int | None,
+    activations: int | None,
     binary: bool,
     ternary: bool,
     low_rank: str | None,
@@ -45,6 +47,7 @@ def recipe_from_flags(
     Args:
         prune: the share of zeros, as in "0.9", or "2:4".
         bits: of a weight.
+        activations: bits of a number that goes into a layer, with a range for each token.
         binary: whether weights are binary.
         ternary: whether they are ternary.
         low_rank: the share of weights that is kept, as in "0.25", or the rank, as in "16".
@@ -83,14 +86,22 @@ def recipe_from_flags(
             chain.append(Quantization(bits=bits))
     if binary or ternary:
         chain.append(Binary() if binary else Ternary())
+    if activations is not None:
+        with _said_of(f"--activations {activations}"):
+            if low_rank is not None:
+                raise InputProblem(
+                    "--low-rank and --activations exclude each other: there are two layers afterwards, which a run of "
+                    "its own can take. Give one of them."
+                )
+            chain.append(ActivationQuantization(bits=activations))
     if chain and structure:
         raise InputProblem(
             "--heads, --width and --channels cut layers, and nothing else can be done to them in the same run."
         )
     if not chain and not structure:
         raise InputProblem(
-            "no technique. Give --prune, --bits, --binary, --ternary, --low-rank, --heads, --width or --channels, or a "
-            "--recipe."
+            "no technique. Give --prune, --bits, --binary, --ternary, --activations, --low-rank, --heads, --width or "
+            "--channels, or a --recipe."
         )
     steps: int | str = int(fade) if fade.isdecimal() else fade
     with _said_of(f"--fade {fade}"):

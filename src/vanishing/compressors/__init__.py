@@ -1,5 +1,6 @@
 """The techniques, one a file."""
 
+from vanishing.compressors.activation_quantization import ActivationQuantization, Range
 from vanishing.compressors.base import (
     BlockCompressor,
     CompressedWeight,
@@ -24,6 +25,7 @@ from vanishing.compressors.structured import ChannelPruning, HeadPruning, Import
 from vanishing.compressors.ternary import Ternary
 
 __all__ = [
+    "ActivationQuantization",
     "Binary",
     "BlockCompressor",
     "Chain",
@@ -42,6 +44,7 @@ __all__ = [
     "ProjectedWeight",
     "ProjectionCompressor",
     "Quantization",
+    "Range",
     "Replace",
     "Score",
     "SkipBlock",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vanishing.config import Config
 from vanishing.errors import ConfigError
 from vanishing.layers.base import Factored, LayerKind, Layout
+from vanishing.layers.quantized_input import InputQuantizer
 from vanishing.receipt import Grid
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ class CompressedWeight(nn.Module, ABC):
     """Whether fade and ramp are over."""
     shares_weight: bool = True
     """Whether the compressed weight is computed from the latent one, and not from parameters alone."""
+    keeps_weight: bool = False
+    """Whether it is the latent one, and only what it is multiplied with differs."""
 
     @abstractmethod
     def compress(self, weight: Tensor) -> Tensor:
@@ -158,6 +161,14 @@ class CompressedWeight(nn.Module, ABC):
     @property
     def factored(self) -> Factored | None:
         """The two plain layers that take the layer's place at the end, None where the layer stays."""
+        return None
+
+    @property
+    def input_quantizer(self) -> InputQuantizer | None:
+        """What the layer's input goes through before it meets the compressed weight, None where it is as it was.
+
+        Where there is one, the two forms are blended on the layer's outputs.
+        """
         return None
 
 
@@ -271,6 +282,11 @@ class WeightCompressor(Compressor):
     @property
     def replaces_layer(self) -> bool:
         """Whether other layers take the layer's place at the end."""
+        return False
+
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether the layer's input is another one, so that the layer must be called and not its weight be read."""
         return False
 
     def observer(self, layer: LayerView) -> Observer | None:

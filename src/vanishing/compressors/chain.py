@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vanishing.calibration import Observer
+from vanishing.compressors.activation_quantization import ActivationQuantization, QuantizedInputWeight
 from vanishing.compressors.base import CompressedWeight, LayerView, Moment, ProjectedWeight, WeightCompressor
 from vanishing.compressors.binary import Binary, SignsOfKept
 from vanishing.compressors.low_rank import LowRank, LowRankWeight, layer_view
@@ -29,8 +31,9 @@ from vanishing.receipt import Grid
 class Chain(WeightCompressor):
     """Techniques applied in turn, as made by `MagnitudePruning(0.5) | Quantization(bits=4)`.
 
-    Low rank comes first (what follows acts on its factors), then pruning, then quantization. Pruned weights stay zero
-    under every quantizer; one bit is the sign of a weight that is kept, times the mean magnitude of those that are.
+    Low rank comes first (what follows acts on its factors), then pruning, then quantization, then that of activations.
+    Pruned weights stay zero under every quantizer; one bit is the sign of a weight that is kept, times the mean
+    magnitude of those that are.
 
     Args:
         compressors: the techniques in their order; chains in it are flattened.
@@ -53,6 +56,21 @@ class Chain(WeightCompressor):
     def replaces_layer(self) -> bool:
         return any(c.replaces_layer for c in self.compressors)
 
+    @property
+    def quantizes_input(self) -> bool:
+        return self._on_input is not None
+
+    @property
+    def _on_input(self) -> ActivationQuantization | None:
+        last = self.compressors[-1]
+        return last if isinstance(last, ActivationQuantization) else None
+
+    @property
+    def _on_weight(self) -> WeightCompressor:
+        """All but what acts on the input."""
+        parts = self.compressors if self._on_input is None else self.compressors[:-1]
+        return parts[0] if len(parts) == 1 else Chain(compressors=parts)
+
     def check(self) -> None:
         parts = tuple(p for c in self.compressors for p in (c.compressors if isinstance(c, Chain) else (c,)))
         object.__setattr__(self, "compressors", parts)
@@ -66,9 +84,14 @@ class Chain(WeightCompressor):
             if before.stage >= after.stage:
                 raise ConfigError(
                     f"{type(before).__name__} | {type(after).__name__}: each technique of a chain must follow another "
-                    f"kind, in the order low rank, pruning, quantization. Change the order or drop one."
+                    f"kind, in the order low rank, pruning, quantization, activation quantization. Change the order or "
+                    f"drop one."
                 )
-
+        if self.replaces_layer and self.quantizes_input:
+            raise ConfigError(
+                "after LowRank there are two layers, with inputs that are not known yet. Finish that, then prepare "
+                "ActivationQuantization for those two."
+            )
         if any(isinstance(part, MagnitudePruning) and part.score is not Score.MAGNITUDE for part in parts[1:]):
             raise ConfigError(
                 "after LowRank, pruning acts on its factors, of which calibration batches tell nothing. Use "
@@ -95,9 +118,15 @@ class Chain(WeightCompressor):
         return next((f"of one of its factors: {reason}" for reason in reasons if reason), None)
 
     def observer(self, layer: LayerView) -> Observer | None:
-        return self.compressors[0].observer(layer)
+        if self._on_input is None:
+            return self.compressors[0].observer(layer)
+        both = self._on_weight.observer(layer), self._on_input.observer(layer)
+        return _Observers(*both) if any(both) else None
 
     def form(self, layer: LayerView, *, ramped: bool) -> CompressedWeight:
+        if self._on_input is not None:
+            for_weight, for_input = _views(layer)
+            return self._on_input.form_around(self._on_weight.form(for_weight, ramped=ramped), for_input)
         first, rest = self.compressors[0], self._rest()
         if not isinstance(first, LowRank):
             parts = [
@@ -112,6 +141,10 @@ class Chain(WeightCompressor):
 
         After low rank there is one: the others are on its factors.
         """
+        if self._on_input is not None:
+            for_weight, for_input = _views(layer)
+            forms = _in_turn(self._on_weight, for_weight, ramped=ramped)
+            return [*forms, self._on_input.form_around(None, for_input)]
         first, rest = self.compressors[0], self._rest()
         if isinstance(first, LowRank):
             return [LowRankWeight(first, layer, ramped=ramped, on_factors=functools.partial(_in_turn, rest))]
@@ -123,6 +156,10 @@ class Chain(WeightCompressor):
         return any(each.decays for each in self.compressors)
 
     def update(self, forms: Sequence[CompressedWeight], weights: Sequence[Tensor], moment: Moment) -> None:
+        if self._on_input is not None:
+            inner = [cast(QuantizedInputWeight, form).weights for form in forms]
+            self._on_weight.update(cast(list[CompressedWeight], inner), weights, moment)
+            return
         first, rest = self.compressors[0], self._rest()
         if isinstance(first, LowRank):
             factors = [pair for form in forms for pair in cast(LowRankWeight, form).factor_blends().values()]
@@ -148,14 +185,14 @@ def _form_after_another(compressor: WeightCompressor, layer: LayerView, ramped: 
     return compressor.form(layer, ramped=ramped)
 
 
-def _as_one(compressor: WeightCompressor, factor: LayerView) -> list[CompressedWeight]:
-    return [compressor.form(factor, ramped=False)]
+def _as_one(compressor: WeightCompressor, layer: LayerView, *, ramped: bool = False) -> list[CompressedWeight]:
+    return [compressor.form(layer, ramped=ramped)]
 
 
-def _in_turn(compressor: WeightCompressor, factor: LayerView) -> list[CompressedWeight]:
+def _in_turn(compressor: WeightCompressor, layer: LayerView, *, ramped: bool = False) -> list[CompressedWeight]:
     if isinstance(compressor, Chain):
-        return compressor.forms_in_turn(factor, ramped=False)
-    return _as_one(compressor, factor)
+        return compressor.forms_in_turn(layer, ramped=ramped)
+    return _as_one(compressor, layer, ramped=ramped)
 
 
 class KeepingZeros(ProjectedWeight):
@@ -185,6 +222,38 @@ class KeepingZeros(ProjectedWeight):
 
     def matrix_grid(self, matrix: Tensor) -> Grid | None:
         return self.part.matrix_grid(matrix)
+
+
+def _views(layer: LayerView) -> tuple[LayerView, LayerView]:
+    """A layer for the technique on its weight, and for that on its input, each with what its own observer saw."""
+    both = layer.observed if isinstance(layer.observed, _Observers) else _Observers(None, None)
+    return dataclasses.replace(layer, observed=both.weight), dataclasses.replace(layer, observed=both.input)
+
+
+class _Observers(Observer):
+    """What looks at a layer for the technique on its weight, and for that on its input."""
+
+    def __init__(self, weight: Observer | None, input: Observer | None) -> None:
+        self.weight = weight
+        self.input = input
+        self.needs_gradients = any(each.needs_gradients for each in self._all)  # type: ignore[misc]
+
+    @property
+    def _all(self) -> list[Observer]:
+        return [each for each in (self.weight, self.input) if each is not None]
+
+    @property
+    def saw_nothing(self) -> bool:
+        return any(each.saw_nothing for each in self._all)
+
+    def observe(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        for each in self._all:
+            each.observe(arguments, keywords)
+
+    def observe_gradients(self) -> None:
+        for each in self._all:
+            if each.needs_gradients:
+                each.observe_gradients()
 
 
 class ChainedWeight(ProjectedWeight):

@@ -240,6 +240,8 @@ class LayerKind(ABC):
     """The reason why two smaller layers cannot take its place; None where they can."""
     multiplies_rows = False
     """Whether `input_rows` tells what the weight is multiplied with."""
+    takes_activations = False
+    """Whether all it does is to multiply the one tensor that it takes with its one weight."""
 
     @abstractmethod
     def owns(self, module: nn.Module) -> bool:

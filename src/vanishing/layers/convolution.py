@@ -104,6 +104,7 @@ def _tucker(module: nn.modules.conv._ConvNd, rank: int, inner_rank: int) -> Fact
 class ConvolutionKind(LayerKind):
     name = "Conv"
     multiplies_rows = True
+    takes_activations = True
 
     def owns(self, module: nn.Module) -> bool:
         return isinstance(module, tuple(_CONVOLUTIONS.values()))
@@ -171,6 +172,7 @@ class ConvolutionKind(LayerKind):
 @register_kind
 class TransposedConvolutionKind(LayerKind):
     name = "ConvTranspose"
+    takes_activations = True
 
     def owns(self, module: nn.Module) -> bool:
         return isinstance(module, tuple(_TRANSPOSED.values()))

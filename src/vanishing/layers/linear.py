@@ -25,6 +25,7 @@ def factored_linear(weight: Tensor, inputs: int, outputs: int, rank: int, bias: 
 class LinearKind(LayerKind):
     name = "Linear"
     multiplies_rows = True
+    takes_activations = True
 
     def owns(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
@@ -60,6 +61,7 @@ class TransposedLinearKind(LayerKind):
 
     name = "Conv1D"
     multiplies_rows = True
+    takes_activations = True
 
     def owns(self, module: nn.Module) -> bool:
         # A model with such a layer has imported transformers; nobody else pays for the import.
