@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -524,6 +525,25 @@ def test_at_beta_1_no_output_and_no_gradient_changes_a_bit() -> None:
     assert all(any(torch.equal(a, b) for b in after) for a in before)  # type: ignore[arg-type]
 
 
+def test_a_loss_that_is_not_added_changes_no_bit_of_the_training() -> None:
+    states = []
+    for losses in ((), (LocalLoss(), Teacher(features=("2",)))):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 4))
+        transition = prepared(model, {"0": LowRank(rank=2), "2": MagnitudePruning(0.5)}, *losses)
+        torch.manual_seed(1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(6):
+            loss = model(batch(step)).square().mean()
+            transition.auxiliary_loss()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            transition.step()
+        states.append(copied(model.state_dict()))
+    assert states_equal(*states)
+
+
 # Resuming
 
 
@@ -633,6 +653,18 @@ def test_reentrant_checkpointing_is_refused(losses: tuple[Distillation, ...]) ->
 
 
 # Mistakes
+
+
+def test_a_model_that_cannot_be_copied_is_left_as_it_was() -> None:
+    model = network()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    model[0].requires_grad_(False)
+    before = list(model.named_modules())
+    with pytest.raises(TypeError, match="cannot pickle") as caught:
+        prepared(model, {"2": LowRank(rank=2)}, Teacher(), freeze_original=True)
+    assert "copied to be its own Teacher" in caught.value.__notes__[0]
+    assert list(model.named_modules()) == before
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
