@@ -74,6 +74,9 @@ TECHNIQUES: dict[str, Technique] = {
     "pruned_2_of_4": Technique(MagnitudePruning(granularity=NM(n=2, m=4)), ("groups of 4",)),
     "pruned_exact_gradient": Technique(MagnitudePruning(sparsity=0.6, gradient=Gradient.EXACT), quick=True),
     "pruned_frozen": Technique(MagnitudePruning(sparsity=0.6, freeze=True, update_every=3), quick=True),
+    "pruned_decaying": Technique(
+        MagnitudePruning(sparsity=0.6, gradient=Gradient.DECAYING, decay=0.1, update_every=1), quick=True
+    ),
     **CODES,
     "4_bits_per_tensor": Technique(Quantization(bits=4, granularity=PerTensor())),
     "4_bits_ragged_groups": Technique(Quantization(bits=4, granularity=PerGroup(size=5)), quick=True),
@@ -83,6 +86,15 @@ TECHNIQUES: dict[str, Technique] = {
     "2_bits_asymmetric_clipped": Technique(
         Quantization(bits=2, granularity=PerTensor(), symmetric=False, gradient=Gradient.CLIPPED), quick=True
     ),
+    "3_bits_damped": Technique(Quantization(bits=3, damping=0.1), quick=True),
+    "3_bits_searched": Technique(Quantization(bits=3, clip=0.4), quick=True),
+    "2_bits_asymmetric_searched_ragged_groups": Technique(
+        Quantization(bits=2, symmetric=False, granularity=PerGroup(size=5), gradient=Gradient.CLIPPED, clip=0.3)
+    ),
+    "pruned_3_bits_searched": Technique(
+        MagnitudePruning(0.6) | Quantization(3, granularity=PerTensor(), clip=0.4, damping=0.1)
+    ),
+    "low_rank_3_bits_searched": Technique(LowRank(ratio=0.5) | Quantization(3, clip=0.4), ("factors",)),
     "binary": Technique(Binary(), quick=True),
     "binary_per_tensor": Technique(Binary(granularity=PerTensor())),
     "binary_ragged_groups": Technique(Binary(granularity=PerGroup(size=5))),
@@ -103,6 +115,16 @@ TECHNIQUES: dict[str, Technique] = {
     "pruned_binary": Technique(MagnitudePruning(0.6) | Binary(), quick=True),
     "pruned_1_bit_ragged_groups": Technique(MagnitudePruning(0.6) | Quantization(bits=1, granularity=PerGroup(size=5))),
     "pruned_ternary": Technique(MagnitudePruning(0.6, gradient=Gradient.EXACT) | Ternary(gradient=Gradient.CLIPPED)),
+    "pruned_decaying_1_bit_damped": Technique(
+        MagnitudePruning(0.6, gradient=Gradient.DECAYING, decay=0.1)
+        | Quantization(bits=1, gradient=Gradient.CLIPPED, damping=0.1)
+    ),
+    "low_rank_decaying_3_bits_damped": Technique(
+        LowRank(ratio=0.5)
+        | MagnitudePruning(0.5, gradient=Gradient.DECAYING, decay=0.1)
+        | Quantization(3, damping=0.1),
+        ("factors",),
+    ),
     "pruned_codebook": Technique(MagnitudePruning(0.6) | Codebook(bits=2)),
     "low_rank_8_bits": Technique(LowRank(ratio=0.5) | Quantization(bits=8), ("factors",)),
     "low_rank_pruned": Technique(LowRank(ratio=0.5) | MagnitudePruning(0.5), ("factors",)),

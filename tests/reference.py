@@ -112,6 +112,40 @@ def quantize_asymmetric(weight: Tensor, bits: int, scale_type: torch.dtype | Non
     return (((weight / scale).round() + zero_point).clamp(0, top) - zero_point) * scale
 
 
+def search_scale(
+    weight: Tensor,
+    bits: int,
+    lowest: float,
+    *,
+    symmetric: bool = True,
+    importance: Tensor | None = None,
+    scale_type: torch.dtype | None = None,
+) -> Tensor:
+    """Of 21 shares of the range from 1 down to `lowest`, the rounding with the least (weighted) squared error."""
+    best, least = weight, math.inf
+    for number in range(21):
+        rounded = _rounded(weight, bits, 1 - (1 - lowest) * number / 20, symmetric, scale_type)
+        errors = (rounded - weight) ** 2
+        error = float((errors if importance is None else errors * importance).sum())
+        if error < least:
+            best, least = rounded, error
+    return best
+
+
+def _rounded(weight: Tensor, bits: int, share: float, symmetric: bool, scale_type: torch.dtype | None) -> Tensor:
+    """A vector rounded to a grid over a share of its range."""
+    top = 2**bits - 1
+    low, high = share * weight.min().clamp(max=0), share * weight.max().clamp(min=0)
+    span = 2 * share * weight.abs().max() if symmetric else high - low
+    scale = _stored(span / top, scale_type)
+    if scale == 0:
+        return torch.zeros_like(weight)
+    if symmetric:
+        return (weight / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+    zero_point = (-low / scale).round().clamp(0, top)
+    return (((weight / scale).round() + zero_point).clamp(0, top) - zero_point) * scale
+
+
 def quantize_groups(weight: Tensor, size: int, quantize: Callable[[Tensor], Tensor]) -> Tensor:
     """Every `size` consecutive columns of a row quantized on their own; the last group may be shorter."""
     return torch.stack([torch.cat([quantize(group) for group in row.split(size)]) for row in weight])
@@ -179,6 +213,22 @@ def sigmoid(t: int, steps: int, steepness: float) -> float:
 def straight_through(weight: Tensor, compressed: Tensor) -> Tensor:
     """The compressed weight in the forward pass, the identity in the backward pass."""
     return weight + (compressed - weight).detach()
+
+
+def decaying(weight: Tensor, pruned: Tensor, left: float) -> Tensor:
+    """The pruned weight, with the gradient of its mask where weights are kept and a share of it where they are not."""
+    kept = (pruned.detach() != 0).to(weight.dtype)
+    return straight_through(weight * (kept + (1 - kept) * left), pruned)
+
+
+def decay_of_pruned(weight: Tensor, pruned: Tensor, factor: float) -> Tensor:
+    """The regularizer behind SR-STE (2102.04010): its gradient is `factor * (1 - mask) * w`."""
+    return factor / 2 * ((1 - (pruned.detach() != 0).to(weight.dtype)) * weight).square().sum()
+
+
+def damping(weight: Tensor, rounded: Tensor, smallest: Tensor, largest: Tensor, factor: float) -> Tensor:
+    """Oscillation dampening (2203.11086): the squared distance of the clipped weight from where it is rounded to."""
+    return factor * (rounded.detach() - torch.minimum(torch.maximum(weight, smallest), largest)).square().sum()
 
 
 def blend_outputs(beta: float, original: Callable[..., Any], compressed: Callable[..., Any], *inputs: Any) -> Tensor:

@@ -27,10 +27,12 @@ from vanishing import (
 )
 from vanishing.distillation import Distillation
 
-QUICK = {"pruned", "binary", "low_rank"}
+QUICK = {"pruned", "pruned_decaying", "binary", "low_rank"}
 COMPRESSORS: dict[str, vanishing.Compressor] = {
     "pruned": MagnitudePruning(0.5),
     "pruned_exact_gradient": MagnitudePruning(0.5, gradient=Gradient.EXACT),
+    "pruned_decaying": MagnitudePruning(0.5, gradient=Gradient.DECAYING, decay=0.1),
+    "3_bits_damped": Quantization(bits=3, damping=0.1),
     "binary": Binary(),
     "ternary": Ternary(),
     "4_bits": Quantization(bits=4, granularity=PerGroup(size=5)),

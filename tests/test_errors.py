@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations
-from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import vanishing
 from loops import batch, copied, mlp, states_equal, train
@@ -39,6 +38,7 @@ from vanishing import (
     TransitionError,
     VanishingError,
 )
+from vanishing.optimizers import _watches
 
 FADE = LinearSchedule(steps=4)
 
@@ -100,12 +100,12 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 def refused(model: nn.Module, recipe: Any, *facts: str, error: type[Exception] = RecipeError, **keywords: Any) -> str:
     """Return the message with which `prepare` refuses; it holds all facts, and the model is what it was."""
-    before, bits, watching = everything(model), values(model), len(_global_optimizer_post_hooks)
+    before, bits, watching = everything(model), values(model), len(_watches)
     with pytest.raises(error) as caught:
         vanishing.prepare(model, recipe, **keywords)
     assert everything(model) == before
     # Fewer if an earlier transition was collected meanwhile.
-    assert len(_global_optimizer_post_hooks) <= watching
+    assert len(_watches) <= watching
     assert states_equal(values(model), bits)
     message = str(caught.value)
     for fact in facts:
@@ -468,6 +468,16 @@ def test_steps_that_are_no_number_of_steps(steps: Any) -> None:
         (lambda: MagnitudePruning(), ["sparsity is missing. Give the share of zeros"]),
         (lambda: MagnitudePruning(0.9, granularity=NM(n=2, m=4)), ["means a sparsity of 0.5. Leave sparsity out."]),
         (lambda: MagnitudePruning(0.5, gradient=Gradient.CLIPPED), ["only a quantizer has a range. Use EXACT"]),
+        (lambda: MagnitudePruning(0.5, decay=-1.0), ["MagnitudePruning(decay=-1.0): decay is a factor of the pruned"]),
+        (lambda: Quantization(bits=4, damping=-1.0), ["Quantization(damping=-1.0): damping is a factor of rounding"]),
+        (lambda: Quantization(bits=4, clip=0.0), ["Quantization(clip=0.0): clip is a share of the range"]),
+        (lambda: Quantization(bits=1, clip=0.5), ["Quantization(bits=1, clip=0.5)", "Leave clip out"]),
+        (lambda: Quantization(bits=4, weighted=True), ["Give the least share of the range, as in clip=0.5, too"]),
+        (
+            lambda: MagnitudePruning(0.5) | Quantization(bits=4, clip=0.5, weighted=True),
+            ["looks at the inputs of a layer as it is", "use weighted=False"],
+        ),
+        (lambda: Quantization(4, gradient=Gradient.DECAYING), ["only the gradient of pruned weights can decay"]),
         (lambda: MagnitudePruning(0.5, granularity=wrong("row")), ["MagnitudePruning(granularity='row')"]),
         (lambda: NM(n=4, m=4), ["NM(n=4, m=4): n is smaller than m. Lower n or raise m."]),
         (lambda: Quantization(bits=9), ["Quantization(bits=9): bits is the width of a code in bits, 1 to 8"]),

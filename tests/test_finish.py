@@ -265,12 +265,13 @@ def test_memory_falls_to_that_of_the_small_model(keep_transition: bool) -> None:
 
 
 def test_nothing_of_a_transition_outlives_it() -> None:
-    from torch.optim.optimizer import _global_optimizer_post_hooks
+    from vanishing.optimizers import _watches
 
-    watched = len(_global_optimizer_post_hooks)
+    gc.collect()
+    watched = len(_watches)
     for end in ("finish", "cancel", "forgotten"):
         model, transition = begun("low rank")
-        assert len(_global_optimizer_post_hooks) == watched + 1
+        assert len(_watches) == watched + 1
         reference = weakref.ref(transition)
         if end == "forgotten":
             del model
@@ -279,7 +280,7 @@ def test_nothing_of_a_transition_outlives_it() -> None:
         del transition
         gc.collect()
         assert reference() is None
-        assert len(_global_optimizer_post_hooks) == watched
+        assert len(_watches) == watched
 
 
 # Cancel

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import vanishing
 from loops import batch, copied, mlp, states_equal, train
@@ -165,7 +166,7 @@ def test_a_learning_rate_schedule_goes_on_through_the_end() -> None:
 def test_a_watch_knows_who_made_a_step_until_it_is_closed() -> None:
     model = mlp()
     calls: list[int] = []
-    watch = OptimizerWatch(lambda: calls.append(len(list(watch.seen))))
+    watch = OptimizerWatch(lambda _: calls.append(len(list(watch.seen))))
     optimizer, late = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
     assert not list(watch.seen)
     model(batch()).sum().backward()
@@ -177,6 +178,23 @@ def test_a_watch_knows_who_made_a_step_until_it_is_closed() -> None:
     late.step()
     assert list(watch.seen) == [optimizer]
     assert calls == [0]
+
+
+def test_a_transition_that_is_forgotten_within_a_step_does_not_break_it() -> None:
+    model = mlp()
+    transition = vanishing.prepare(model, Binary(), steps=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    forgotten: list[Any] = []
+
+    def forget(*_: Any) -> None:
+        forgotten.clear()
+        gc.collect()
+
+    hook = register_optimizer_step_pre_hook(forget)
+    forgotten.append(vanishing.prepare(mlp(), Binary(), steps=4))
+    train(model, transition, 2, optimizer)
+    hook.remove()
+    assert transition.steps_done == 2
 
 
 def test_joining_twice_and_leaving_what_is_not_there_change_nothing() -> None:

@@ -327,13 +327,20 @@ PRUNINGS = st.builds(
     MagnitudePruning,
     sparsity=st.floats(0, 1),
     granularity=st.sampled_from([PerTensor(), PerChannel(), Global()]),
-    gradient=st.sampled_from([Gradient.STRAIGHT_THROUGH, Gradient.EXACT]),
+    gradient=st.sampled_from([Gradient.STRAIGHT_THROUGH, Gradient.EXACT, Gradient.DECAYING]),
+    decay=st.floats(0, 1),
     freeze=st.booleans(),
     update_every=st.integers(1, 100),
 ) | st.builds(MagnitudePruning, granularity=st.builds(NM, n=st.integers(1, 3), m=st.integers(4, 8)))
 QUANTIZERS = st.one_of(
     st.builds(
-        Quantization, bits=st.integers(2, 8), granularity=SCALES, symmetric=st.booleans(), gradient=QUANTIZER_GRADIENTS
+        Quantization,
+        bits=st.integers(2, 8),
+        granularity=SCALES,
+        symmetric=st.booleans(),
+        gradient=QUANTIZER_GRADIENTS,
+        damping=st.floats(0, 1),
+        clip=st.floats(0.1, 1),
     ),
     st.builds(Binary, granularity=SCALES, gradient=QUANTIZER_GRADIENTS),
     st.builds(Ternary, granularity=SCALES, gradient=QUANTIZER_GRADIENTS),

@@ -28,6 +28,17 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def spread_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return this process's part of a tensor that every process holds whole, spread as another one is."""
+    if not is_sharded(other):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = other
+    # None: nothing is sent, as all hold the same.
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor, of which each process may hold a part; then every process has to call this."""
     sharded: Any = tensor

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 _NAMES = "param_names"
 """The key under which an optimizer that was made from `named_parameters()` keeps the names of a group."""
@@ -19,27 +20,59 @@ class OptimizerWatch:
     """Knows every optimizer that has made a step since it was made, without keeping it alive.
 
     Args:
-        before: called before every step of any optimizer; must not hold what would hold the watch.
+        before: called with any optimizer before a step of it, when the gradients are there; must not hold what would
+            hold the watch.
     """
 
-    def __init__(self, before: Callable[[], None]) -> None:
-        seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-
-        def prepare(*_: Any) -> None:
-            before()
-
-        def remember(optimizer: Optimizer, *_: Any) -> None:
-            seen.add(optimizer)
-
-        self.seen = seen
-        self._handles = (register_optimizer_step_pre_hook(prepare), register_optimizer_step_post_hook(remember))
-        for handle in self._handles:
-            weakref.finalize(self, handle.remove)
+    def __init__(self, before: Callable[[Optimizer], None]) -> None:
+        self.seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self.before = before
+        _watches.add(self)
+        if not _hooks:
+            _hooks.extend(
+                (register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step))
+            )
 
     def close(self) -> None:
         """Stop watching."""
-        for handle in self._handles:
-            handle.remove()
+        _watches.discard(self)
+        if not _watches:
+            for hook in _hooks:
+                hook.remove()
+            _hooks.clear()
+
+
+_watches: weakref.WeakSet[OptimizerWatch] = weakref.WeakSet()
+_hooks: list[RemovableHandle] = []
+"""Of all watches: the garbage collector may take one while PyTorch goes through its hooks, which must stay then."""
+
+
+def _before_step(
+    optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Call all watches, after the closure where one computes the gradients."""
+    watches = list(_watches)
+    # As a method's: the first of the arguments is the optimizer.
+    closure = keywords.get("closure", arguments[1] if len(arguments) > 1 else None)
+    if not watches or not callable(closure):
+        for watch in watches:
+            watch.before(optimizer)
+        return None
+
+    def gradients_and_more() -> Any:
+        loss = closure()
+        for watch in watches:
+            watch.before(optimizer)
+        return loss
+
+    if "closure" in keywords:
+        return arguments, keywords | {"closure": gradients_and_more}
+    return (arguments[0], gradients_and_more, *arguments[2:]), keywords
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    for watch in list(_watches):
+        watch.seen.add(optimizer)
 
 
 def held_ids(optimizers: Iterable[Optimizer]) -> set[int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from vanishing.errors import ConfigError, TransitionError
 from vanishing.layers import Factored
 from vanishing.places import Places, drop_copied_hooks
 from vanishing.plan import Plan, PlannedBlock, PlannedWeight
+from vanishing.pulls import PulledWeight
 from vanishing.random_state import random_state_kept
 from vanishing.receipt import FinishedLayer
 from vanishing.structure import cut, recount
@@ -71,6 +73,10 @@ class Site(ABC):
     @abstractmethod
     def forms(self, stage: int) -> Iterator[CompressedWeight]:
         """Yield every compressed weight of a stage."""
+
+    @abstractmethod
+    def pulled_weights(self) -> list[PulledWeight]:
+        """Return the latent weights at which techniques pull."""
 
     @property
     @abstractmethod
@@ -169,6 +175,27 @@ class WeightSite(Site):
         if stage > 1 or not isinstance(form, LowRankWeight):
             return []
         return [(blends[0].form, weight.detach()) for blends, weight in form.factor_blends().values()]
+
+    def following(self, stage: int) -> list[tuple[CompressedWeight, Callable[[], Tensor]]]:
+        """Return the forms of a technique that comes after another on their weight, with what returns what they see."""
+        form = self.blend.form
+        if isinstance(form, LowRankWeight):
+            turn, in_turn = stage - 1, list(form.factor_blends().values())
+        else:
+            turn, in_turn = stage, [(self._blends, self.weight)]
+        if turn < 1:
+            return []
+        return [(blends[turn].form, functools.partial(_seen, blends[:turn], weight)) for blends, weight in in_turn]
+
+    def pulled_weights(self) -> list[PulledWeight]:
+        form = self.blend.form
+        if isinstance(form, LowRankWeight):
+            share = 1.0 - self.blend.beta
+            factors = form.factor_blends().values()
+            return [PulledWeight(weight, blends, share) for blends, weight in factors if _pull(blends)]
+        if not _pull(self._blends):
+            return []
+        return [PulledWeight(weight, self._blends, 1.0) for weight in dict.fromkeys(self._weights())]
 
     @property
     def original_parameters(self) -> list[nn.Parameter]:
@@ -295,6 +322,9 @@ class BlockSite(Site):
     def forms(self, stage: int) -> Iterator[CompressedWeight]:
         return iter(())
 
+    def pulled_weights(self) -> list[PulledWeight]:
+        return []
+
     @property
     def original_parameters(self) -> list[nn.Parameter]:
         return list(self.blend.original.parameters())
@@ -324,6 +354,18 @@ class BlockSite(Site):
         before = (sum(p.numel() for p in original.parameters()), sum(_bytes(m) for m in original.modules()))
         places.put(self.blend, replacement)
         return {self.name: FinishedLayer(self.compressor, "replaced", *before, {})}
+
+
+def _pull(blends: Sequence[BlendedWeight]) -> bool:
+    return any(blend.form.pulls for blend in blends)
+
+
+def _seen(blends: Sequence[BlendedWeight], weight: Tensor) -> Tensor:
+    """What blends make of a latent weight at this moment."""
+    value = whole(weight.detach())
+    for blend in blends:
+        value = blend(value)
+    return value
 
 
 def _latent_weight(module: nn.Module, name: str) -> nn.Parameter:

@@ -26,6 +26,7 @@ from vanishing.inputs import call
 from vanishing.optimizers import OptimizerWatch, exchange, held_ids, join, leave, unheld_problems
 from vanishing.places import Places
 from vanishing.plan import Plan, make_plan
+from vanishing.pulls import add_pulls
 from vanishing.random_state import random_state_restored_on_error
 from vanishing.receipt import FinishedLayer, Receipt, extend_receipt
 from vanishing.recipe import Recipe
@@ -166,7 +167,7 @@ class Transition:
         self._auxiliary: AuxiliaryLoss | None = None
         self._relative = recipe
         # A weak method, as the hook of the watch lives as long as the watch.
-        self._optimizers = OptimizerWatch(_called_weakly(self._drop_idle_gradients))
+        self._optimizers = OptimizerWatch(_called_weakly(self._complete_gradients))
         self._checked_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     # The clock
@@ -572,14 +573,22 @@ class Transition:
                 else (rule.compressor,)
             )
             for stage, compressor in enumerate(stages):
-                selected = [pair for site in sites for pair in site.selected(stage)]
-                if not selected:
+                following = [pair for site in sites for pair in site.following(stage)]
+                selected = [(site, *pair) for site in sites for pair in site.selected(stage)]
+                if not selected and not following:
                     continue
                 settled = self._is_settled(number, stage, self._step)
                 was_settled = previous is not None and self._is_settled(number, stage, previous)
                 just_settled = settled and previous is not None and not was_settled
-                moment = Moment(self._step, arriving or just_settled, settled, was_settled)
-                compressor.update([form for form, _ in selected], [weight for _, weight in selected], moment)
+                strength, _ = self._strengths(self._step)[number, stage]
+                betas = self._driven_by[number, stage].by_target(self._step)
+                left = tuple(1.0 - (1.0 - betas[site, stage]) * strength for site, *_ in selected)
+                moment = Moment(self._step, arriving or just_settled, settled, was_settled, left)
+                if selected:
+                    compressor.update([form for _, form, _ in selected], [weight for *_, weight in selected], moment)
+                if following:
+                    forms, seen = [form for form, _ in following], [weight for _, weight in following]
+                    compressor.update_after_another(forms, seen, moment)
 
     @contextlib.contextmanager
     def _overridden(self, beta: float) -> Iterator[None]:
@@ -634,6 +643,11 @@ class Transition:
         """Take parameters out of the optimizers, but for those that the model still has somewhere."""
         stays = {id(p) for p in self.model.parameters()}
         leave(self._optimizers.seen, [p for p in parameters if id(p) not in stays])
+
+    def _complete_gradients(self, optimizer: Optimizer) -> None:
+        """Before a step of an optimizer, when the gradients are there."""
+        self._drop_idle_gradients()
+        add_pulls((each for site in self._sites for each in site.pulled_weights()), optimizer)
 
     def _drop_idle_gradients(self) -> None:
         """Leave parameters of the form that does not run without a gradient, not with the zeros of `with_idle`."""
@@ -700,12 +714,12 @@ def _decided(slow: Any, count: int) -> list[list[tuple[int, int]]]:
     return spans
 
 
-def _called_weakly(method: Callable[[], None]) -> Callable[[], None]:
+def _called_weakly(method: Callable[[Optimizer], None]) -> Callable[[Optimizer], None]:
     reference = weakref.WeakMethod(method)
 
-    def call_if_alive() -> None:
+    def call_if_alive(optimizer: Optimizer) -> None:
         alive = reference()
         if alive is not None:
-            alive()
+            alive(optimizer)
 
     return call_if_alive

@@ -23,10 +23,12 @@ from vanishing import (
     Adaptive,
     Binary,
     Compressor,
+    Gradient,
     LinearSchedule,
     LocalLoss,
     LowRank,
     MagnitudePruning,
+    Quantization,
     Replace,
     Rule,
     Score,
@@ -65,6 +67,12 @@ def narrow(block: nn.Module) -> nn.Module:
 
 TECHNIQUES: dict[str, dict[Any, Compressor | Rule]] = {
     "pruning": {"*": MagnitudePruning(0.5)},
+    "drawn": {
+        "*.feed_forward.0": MagnitudePruning(0.5, gradient=Gradient.DECAYING, decay=0.1),
+        # Symmetric, the largest weight of a channel lies between two codes, and rounding of a sum decides.
+        "*.feed_forward.2": LowRank(rank=2) | Quantization(bits=3, symmetric=False, damping=0.1),
+        "*": Quantization(bits=3, symmetric=False, damping=0.1),
+    },
     "binary": {"*": Binary()},
     "low_rank": {"*.feed_forward.*": LowRank(rank=2)},
     "calibrated": {

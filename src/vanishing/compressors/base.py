@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vanishing.config import Config
+from vanishing.errors import ConfigError
 from vanishing.layers.base import Factored, LayerKind, Layout
 from vanishing.receipt import Grid
 
@@ -33,6 +34,30 @@ class Gradient(Enum):
     """Straight-through where the quantizer's range holds the weight, nothing outside it."""
     EXACT = "exact"
     """The derivative of the mask: nothing for a weight that is pruned."""
+    DECAYING = "decaying"
+    """From straight-through to exact: a pruned weight gets the share that is left of fade and ramp, from 1 down to 0
+    (after Bambhaniya et al., arXiv 2402.04744, who restrict the gradients of pruned weights progressively)."""
+
+
+_UNFIT = {
+    Gradient.CLIPPED: "only a quantizer has a range",
+    Gradient.EXACT: "rounding has no derivative",
+    Gradient.DECAYING: "only the gradient of pruned weights can decay",
+}
+
+
+def check_gradient(config: Config, gradient: Gradient, known: Sequence[Gradient]) -> None:
+    """Raise `ConfigError` for a gradient that a technique does not have.
+
+    Args:
+        config: the technique.
+        gradient: the one that was asked for.
+        known: those that it has, the ones to advise first.
+    """
+    if gradient not in known:
+        *names, last = [each.name for each in known]
+        advice = f"{', '.join(names)} or {last}"
+        raise ConfigError(f"{type(config).__name__}(gradient={gradient.name}): {_UNFIT[gradient]}. Use {advice}.")
 
 
 @dataclass(frozen=True)
@@ -44,12 +69,14 @@ class Moment:
         arriving: whether everything is to be selected anew and exactly: at the start, after a jump, at the end.
         settled: whether the fade and the ramp of the rule are over.
         was_settled: whether they were over before the clock moved, as well.
+        left: of each form, how much of fade and ramp is left, from 1 to 0: `1 - (1 - beta) * strength`.
     """
 
     step: int
     arriving: bool
     settled: bool
     was_settled: bool
+    left: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -114,6 +141,19 @@ class CompressedWeight(nn.Module, ABC):
         """Return the values that the compressed weight takes, None where they are any."""
 
     @property
+    def pulls(self) -> bool:
+        """Whether `pull` is to be asked."""
+        return False
+
+    def pull(self, weight: Tensor) -> Tensor | None:
+        """Return the gradient of a regularizer of the latent weight, in memory of its own; None, the default, for none.
+
+        Times 1 - beta it is added to the weight's gradient once before each optimizer step, however many backward
+        passes the step has.
+        """
+        return None
+
+    @property
     def factored(self) -> Factored | None:
         """The two plain layers that take the layer's place at the end, None where the layer stays."""
         return None
@@ -142,8 +182,11 @@ class _ProjectAndBlend(torch.autograd.Function):
         if not ctx.passes_everywhere:
             inside, *rest = ctx.saved_tensors
             beta = rest[0] if rest else ctx.beta
-            outside = torch.zeros_like(gradient) if isinstance(beta, float) and beta == 0.0 else gradient * beta
-            gradient = torch.where(inside, gradient, outside)
+            if inside.dtype is torch.bool:
+                outside = torch.zeros_like(gradient) if isinstance(beta, float) and beta == 0.0 else gradient * beta
+                gradient = torch.where(inside, gradient, outside)
+            else:
+                gradient = gradient * (beta + (1 - beta) * inside)
         return gradient, None, None
 
 
@@ -164,11 +207,15 @@ class ProjectedWeight(CompressedWeight):
 
     @abstractmethod
     def inside(self, matrix: Tensor) -> Tensor | None:
-        """Return where the gradient passes, a boolean matrix, or None for everywhere."""
+        """Return where the gradient passes, a boolean matrix, or which share of it does; None for all of it."""
 
     @abstractmethod
     def matrix_grid(self, matrix: Tensor) -> Grid | None:
         """Return the values that `project(matrix)` takes, None where they are any."""
+
+    def matrix_pull(self, matrix: Tensor) -> Tensor | None:
+        """Return `pull` for the matrix; None, the default, for nothing."""
+        return None
 
     def compress(self, weight: Tensor) -> Tensor:
         return self.blend(weight, 0.0)
@@ -179,6 +226,10 @@ class ProjectedWeight(CompressedWeight):
 
     def grid(self, weight: Tensor) -> Grid | None:
         return self.matrix_grid(self.layout.to_matrix(weight))
+
+    def pull(self, weight: Tensor) -> Tensor | None:
+        pulled = self.matrix_pull(self.layout.to_matrix(weight))
+        return None if pulled is None else self.layout.from_matrix(pulled)
 
 
 @dataclass(frozen=True)
@@ -240,6 +291,17 @@ class WeightCompressor(Compressor):
             moment: where the clock stands.
         """
 
+    def update_after_another(
+        self, forms: Sequence[CompressedWeight], weights: Sequence[Callable[[], Tensor]], moment: Moment
+    ) -> None:
+        """Do what `update` does where another technique comes before this one on the weights.
+
+        Args:
+            forms: the compressed forms.
+            weights: functions that return what each of them is computed from, in the layer's shape.
+            moment: where the clock stands.
+        """
+
     def __or__(self, other: WeightCompressor) -> Chain:
         """Return this technique followed by another on the same weight.
 
@@ -265,6 +327,13 @@ class _StatelessProjection(ProjectedWeight):
     def matrix_grid(self, matrix: Tensor) -> Grid | None:
         return self.compressor.grid(matrix, self.layout)
 
+    @property
+    def pulls(self) -> bool:
+        return self.compressor.pulls
+
+    def matrix_pull(self, matrix: Tensor) -> Tensor | None:
+        return self.compressor.pull(matrix, self.strength)
+
 
 @dataclass(frozen=True)
 class ProjectionCompressor(WeightCompressor):
@@ -287,7 +356,16 @@ class ProjectionCompressor(WeightCompressor):
         """
 
     def inside(self, matrix: Tensor, strength: float) -> Tensor | None:
-        """Return where the gradient passes, a boolean matrix; None, the default, for everywhere."""
+        """Return where the gradient passes, a boolean matrix, or which share of it does; None, the default, for all."""
+        return None
+
+    @property
+    def pulls(self) -> bool:
+        """Whether `pull` is to be asked."""
+        return False
+
+    def pull(self, matrix: Tensor, strength: float) -> Tensor | None:
+        """Return the gradient of a regularizer of the latent weight, see `CompressedWeight.pull`; None for none."""
         return None
 
     def grid(self, matrix: Tensor, layout: Layout) -> Grid | None:

@@ -14,8 +14,10 @@ from vanishing.compressors.quantization import (
     annealed,
     binary_scale,
     check_quantizer_gradient,
+    damping_gradient,
     make_grid,
     quantize,
+    within,
     within_range,
 )
 from vanishing.granularity import PerChannel, PerGroup, PerTensor
@@ -88,6 +90,19 @@ class SignsOfKept(ProjectedWeight):
             return within_range(matrix, bits, self.compressor.granularity, symmetric=True)
         blocks = to_blocks(matrix, self.compressor.granularity)
         return from_blocks(blocks.abs() <= 2 * self._scale(blocks), matrix)
+
+    @property
+    def pulls(self) -> bool:
+        return self.compressor.pulls
+
+    def matrix_pull(self, matrix: Tensor) -> Tensor | None:
+        if not isinstance(self.compressor, Quantization) or annealed(1, self.strength) != 1:
+            return self.compressor.pull(matrix, self.strength)
+        if not self.pulls:
+            return None
+        blocks = to_blocks(matrix, self.compressor.granularity)
+        inside = from_blocks(within(blocks, 1, self._scale(blocks), None), matrix)
+        return damping_gradient(matrix, self.project(matrix), inside, self.compressor.damping)
 
     def matrix_grid(self, matrix: Tensor) -> Grid:
         granularity = self.compressor.granularity

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from vanishing.calibration import Observer
@@ -17,6 +19,7 @@ from vanishing.compressors.low_rank import LowRank, LowRankWeight, layer_view
 from vanishing.compressors.magnitude_pruning import MagnitudePruning, Score
 from vanishing.compressors.quantization import Quantization
 from vanishing.compressors.structured import StructuredPruning
+from vanishing.distributed import whole
 from vanishing.errors import ConfigError
 from vanishing.layers.base import LayerKind, Layout
 from vanishing.receipt import Grid
@@ -71,6 +74,11 @@ class Chain(WeightCompressor):
                 "after LowRank, pruning acts on its factors, of which calibration batches tell nothing. Use "
                 "Score.MAGNITUDE."
             )
+        if any(isinstance(part, Quantization) and part.weighted for part in parts[1:]):
+            raise ConfigError(
+                "Quantization(weighted=True) looks at the inputs of a layer as it is. After another technique use "
+                "weighted=False."
+            )
 
     def refusal(self, kind: LayerKind) -> str | None:
         return next((reason for c in self.compressors if (reason := c.refusal(kind))), None)
@@ -113,12 +121,17 @@ class Chain(WeightCompressor):
     def update(self, forms: Sequence[CompressedWeight], weights: Sequence[Tensor], moment: Moment) -> None:
         first, rest = self.compressors[0], self._rest()
         if isinstance(first, LowRank):
-            factors = [pair for form in forms for pair in cast(LowRankWeight, form).factor_blends().values()]
+            pairs = zip(cast(Sequence[LowRankWeight], forms), moment.left, strict=True)
+            factors = [(*pair, left) for form, left in pairs for pair in form.factor_blends().values()]
             first.update(forms, weights, moment)
-            rest.update([blend.form for (blend, *_), _ in factors], [weight for _, weight in factors], moment)
+            on_factors = dataclasses.replace(moment, left=tuple(left for *_, left in factors))
+            rest.update([blend.form for (blend, *_), *_ in factors], [weight for _, weight, _ in factors], on_factors)
             return
-        # Only a mask is kept between steps, and the mask comes first: it is selected on the latent weight.
-        first.update([cast(ProjectedWeight, cast(ChainedWeight, f).parts[0]) for f in forms], weights, moment)
+        # A mask comes first: it is selected on the latent weight. Of the others only the last keeps something.
+        chained = cast(Sequence[ChainedWeight], forms)
+        first.update([form.part(0) for form in chained], weights, moment)
+        seen = [functools.partial(form.before_last, weight) for form, weight in zip(chained, weights, strict=True)]
+        self.compressors[-1].update_after_another([form.part(-1) for form in chained], seen, moment)
 
     def _rest(self) -> WeightCompressor:
         rest = self.compressors[1:]
@@ -158,6 +171,14 @@ class KeepingZeros(ProjectedWeight):
     def inside(self, matrix: Tensor) -> Tensor | None:
         return self.part.inside(matrix)
 
+    @property
+    def pulls(self) -> bool:
+        return self.part.pulls
+
+    def matrix_pull(self, matrix: Tensor) -> Tensor | None:
+        pulled = self.part.matrix_pull(matrix)
+        return None if pulled is None else pulled.mul_(matrix.ne(0))
+
     def matrix_grid(self, matrix: Tensor) -> Grid | None:
         return self.part.matrix_grid(matrix)
 
@@ -182,15 +203,47 @@ class ChainedWeight(ProjectedWeight):
         for part in self._projections():
             passed = part.inside(matrix)
             if passed is not None:
-                result = passed if result is None else result & passed
+                result = passed if result is None else _both(result, passed)
             matrix = part.project(matrix)
         return result
 
+    @property
+    def pulls(self) -> bool:
+        return any(part.pulls for part in self._projections())
+
+    def matrix_pull(self, matrix: Tensor) -> Tensor | None:
+        first, *rest = self._projections()
+        result, masked = first.matrix_pull(matrix), first.project(matrix)
+        inner = masked
+        for part in rest:
+            pulled = part.matrix_pull(inner)
+            if pulled is not None:
+                # What was pruned stays zero, which nothing is rounded to.
+                pulled.mul_(masked.ne(0))
+                result = pulled if result is None else result.add_(pulled)
+            inner = part.project(inner)
+        return result
+
     def matrix_grid(self, matrix: Tensor) -> Grid | None:
-        *before, last = self._projections()
-        for part in before:
+        return self.part(-1).matrix_grid(self._before_last(matrix))
+
+    def part(self, number: int) -> ProjectedWeight:
+        """Return one of the projections."""
+        return self._projections()[number]
+
+    def before_last(self, weight: Tensor) -> Tensor:
+        """Return the weight that the last projection sees."""
+        return self.layout.from_matrix(self._before_last(self.layout.to_matrix(whole(weight))))
+
+    def _before_last(self, matrix: Tensor) -> Tensor:
+        for part in self._projections()[:-1]:
             matrix = part.project(matrix)
-        return last.matrix_grid(matrix)
+        return matrix
 
     def _projections(self) -> list[ProjectedWeight]:
         return [cast(ProjectedWeight, part) for part in self.parts]
+
+
+def _both(first: Tensor, second: Tensor) -> Tensor:
+    """What passes two gates, each a boolean matrix or one of shares."""
+    return first & second if first.dtype is second.dtype is torch.bool else first * second

@@ -12,7 +12,15 @@ from pydantic import Field
 from torch import Tensor
 
 from vanishing.calibration import GradientMagnitudes, InputMoments, Observer
-from vanishing.compressors.base import CompressedWeight, Gradient, LayerView, Moment, ProjectedWeight, WeightCompressor
+from vanishing.compressors.base import (
+    CompressedWeight,
+    Gradient,
+    LayerView,
+    Moment,
+    ProjectedWeight,
+    WeightCompressor,
+    check_gradient,
+)
 from vanishing.compressors.selection import keep_largest
 from vanishing.distributed import whole
 from vanishing.errors import ConfigError
@@ -43,7 +51,11 @@ class MagnitudePruning(WeightCompressor):
         sparsity: share of weights that become zero, in [0, 1]; omitted with `NM`, which implies it.
         granularity: what competes with what: `PerTensor()` (a layer), `PerChannel()` (an output channel), `Global()`
             (all layers that the rule matches) or `NM(n, m)`.
-        gradient: `Gradient.STRAIGHT_THROUGH`, by which a pruned weight can grow back, or `Gradient.EXACT`.
+        gradient: `Gradient.STRAIGHT_THROUGH`, by which a pruned weight can grow back, `Gradient.EXACT`, or
+            `Gradient.DECAYING` from the first to the second.
+        decay: the factor lambda by which pruned weights are drawn to zero, so that they do not come and go (SR-STE,
+            Zhou et al., arXiv 2102.04010, where it is 2e-4): before each optimizer step `(1 - beta) * lambda * w` is
+            added to the gradient of a pruned weight; 0 for none.
         freeze: whether the mask stays as it is once the fade is over; otherwise it is selected anew throughout.
         score: `Score.MAGNITUDE`, or `Score.WANDA` or `Score.FIRST_ORDER`, which need `prepare(calibration=...)`. What
             the batches tell is kept; the magnitudes are always those of the weights as they are now.
@@ -60,6 +72,9 @@ class MagnitudePruning(WeightCompressor):
     _: KW_ONLY
     granularity: PerTensor | PerChannel | Global | NM = PerTensor()
     gradient: Gradient = Gradient.STRAIGHT_THROUGH
+    decay: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="a factor of the pruned weights, at least 0")
+    ] = 0.0
     freeze: bool = False
     score: Score = Score.MAGNITUDE
     update_every: Annotated[int, Field(ge=1, description="a number of optimizer steps, at least 1")] = 2
@@ -80,8 +95,7 @@ class MagnitudePruning(WeightCompressor):
                 )
         elif self.sparsity is None:
             raise ConfigError("MagnitudePruning(): sparsity is missing. Give the share of zeros, as in sparsity=0.9.")
-        if self.gradient is Gradient.CLIPPED:
-            raise ConfigError("MagnitudePruning(gradient=CLIPPED): only a quantizer has a range. Use EXACT.")
+        check_gradient(self, self.gradient, (Gradient.EXACT, Gradient.DECAYING, Gradient.STRAIGHT_THROUGH))
 
     def refusal(self, kind: LayerKind) -> str | None:
         if self.score is Score.WANDA and not kind.multiplies_rows:
@@ -104,9 +118,12 @@ class MagnitudePruning(WeightCompressor):
         return MaskedWeight(self, layer)
 
     def update(self, forms: Sequence[CompressedWeight], weights: Sequence[Tensor], moment: Moment) -> None:
+        masked = cast(Sequence[MaskedWeight], forms)
+        for form, left in zip(masked, moment.left, strict=True):
+            if form.left is not None:
+                form.left.fill_(left)
         if self.freeze and moment.settled and moment.was_settled:
             return
-        masked = cast(Sequence[MaskedWeight], forms)
         if isinstance(self.granularity, Global):
             if moment.arriving or moment.step % self.update_every == 0:
                 self._select_together(masked, weights)
@@ -150,6 +167,8 @@ class MaskedWeight(ProjectedWeight):
 
     mask: Tensor
     importance: Tensor | None
+    left: Tensor | None
+    """How much of fade and ramp is left, for a gradient that decays; a tensor, so that no graph is compiled anew."""
 
     def __init__(self, compressor: MagnitudePruning, layer: LayerView) -> None:
         super().__init__(layer.layout)
@@ -159,6 +178,8 @@ class MaskedWeight(ProjectedWeight):
         self.border: float | None = None
         # (1, rows, columns), or (groups, 1, columns) where all rows of a group have the same inputs.
         self.register_buffer("importance", _importance(layer))
+        decays = compressor.gradient is Gradient.DECAYING
+        self.register_buffer("left", torch.ones((), device=layer.weight.device) if decays else None)
 
     def scores(self, weight: Tensor) -> Tensor:
         """Return what a selection compares, (rows, columns)."""
@@ -176,11 +197,27 @@ class MaskedWeight(ProjectedWeight):
 
     def inside(self, matrix: Tensor) -> Tensor | None:
         # A weight under a frozen mask will never count again: its gradient would only swell the gradient's norm.
-        frozen = self.compressor.freeze and self.settled
-        return self.mask if frozen or self.compressor.gradient is Gradient.EXACT else None
+        if self._frozen or self.compressor.gradient is Gradient.EXACT:
+            return self.mask
+        if self.left is None:
+            return None
+        return torch.where(self.mask, 1.0, self.left.to(matrix.dtype))
+
+    @property
+    def pulls(self) -> bool:
+        return self.compressor.decay > 0 and not self._frozen
+
+    def matrix_pull(self, matrix: Tensor) -> Tensor | None:
+        if not self.pulls:
+            return None
+        return matrix.masked_fill(self.mask, 0.0).mul_(self.compressor.decay)
 
     def matrix_grid(self, matrix: Tensor) -> Grid | None:
         return None
+
+    @property
+    def _frozen(self) -> bool:
+        return self.compressor.freeze and self.settled
 
 
 def _importance(layer: LayerView) -> Tensor | None:
