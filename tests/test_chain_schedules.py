@@ -42,6 +42,11 @@ CHAINS: dict[str, Chain] = {
     "pruned_exact_2_bits_clipped": MagnitudePruning(0.6, gradient=Gradient.EXACT, freeze=True)
     | Quantization(bits=2, gradient=Gradient.CLIPPED),
     "pruned_codebook": MagnitudePruning(0.6) | Codebook(bits=2),
+    "pruned_decaying_3_bits_searched": MagnitudePruning(0.6, gradient=Gradient.DECAYING, decay=0.1)
+    | Quantization(3, clip=0.4, damping=0.1),
+    "low_rank_pruned_decaying_3_bits_searched": LowRank(ratio=0.5)
+    | MagnitudePruning(0.5, gradient=Gradient.DECAYING, decay=0.1)
+    | Quantization(3, clip=0.4, damping=0.1),
     "low_rank_8_bits": LowRank(ratio=0.5) | Quantization(bits=8),
     "low_rank_pruned_4_bits": LowRank(ratio=0.5) | MagnitudePruning(0.5) | Quantization(bits=4),
     "low_rank_by_energy_pruned": LowRank(energy=0.8) | MagnitudePruning(0.5),
@@ -92,10 +97,10 @@ def test_at_the_end_it_is_the_chain_and_nothing_of_the_original_is_left(kind: st
     # A chain with one beta, and the same weights and masks.
     together = vanishing.prepare(plain.build(1), plain.recipe(CHAINS[name], schedule=StepSchedule(at=0))).model
     known = together.state_dict().keys()
-    state = {
-        k if k in known else "form.parts.0.".join(k.rsplit("form.", 1)): v for k, v in run.model.state_dict().items()
-    }
-    together.load_state_dict(state)
+    kept = {k.replace(".1.form.part.", ".0.form.parts.1."): v for k, v in run.model.state_dict().items()}
+    together.load_state_dict(
+        {k if k in known else "form.parts.0.".join(k.rsplit("form.", 1)): v for k, v in kept.items()}
+    )
     expected = run.outputs()
     assert same(outputs(together, run.layer.batch(99)), expected)
     run.transition.finish()

@@ -22,6 +22,8 @@ from vanishing import (
     PerTensor,
     Quantization,
     Recipe,
+    Rule,
+    Staggered,
     StepSchedule,
 )
 
@@ -331,6 +333,53 @@ def test_a_decaying_and_a_clipped_gradient_multiply() -> None:
     # All of it; of a pruned weight's, what is left; beyond the range nothing of the compressed form.
     assert latent.grad is not None
     assert sorted({round(each, 6) for each in latent.grad.flatten().tolist()}) == [0.6, 0.6 + 0.4 * 0.6, 1.0]
+
+
+@pytest.mark.parametrize("route", [Gradient.STRAIGHT_THROUGH, Gradient.EXACT])
+@pytest.mark.parametrize("step", [2, 5, 7, 9, 12])
+def test_techniques_that_fade_in_turn_draw_by_their_own_betas(step: int, route: Gradient) -> None:
+    windows = LinearSchedule(steps=6, start=1), LinearSchedule(steps=6, start=4)
+    chain = MagnitudePruning(0.5, gradient=route, decay=0.3) | Quantization(2, damping=0.2)
+    model = layer()
+    transition = vanishing.prepare(model, Recipe({"*": Rule(chain, schedules=windows)}, schedule=StepSchedule(at=0)))
+    transition.seek(step)
+    one_step(model)
+
+    first, second = (window(step) for window in windows)
+    weight = layer().get_parameter("0.weight")
+    masked = straight(weight) if route is Gradient.STRAIGHT_THROUGH else weight * (pruned(weight) != 0)
+    seen = first * weight + (1 - first) * masked
+    grids = [grid(row, 2, True, None) for row in seen.detach()]
+    rounded = torch.stack([each for each, *_ in grids]) * (seen.detach() != 0)
+    total = loss(second * seen + (1 - second) * reference.straight_through(seen, rounded))
+    total = total + (1 - first) * reference.decay_of_pruned(weight, pruned(weight), 0.3)
+    damped = [reference.damping(row, *each, factor=0.2) for row, each in zip(seen, grids, strict=True)]
+    total = total + (1 - second) * torch.stack(damped).sum()
+    expected = weight.detach() - RATE * torch.autograd.grad(total, weight)[0]
+    torch.testing.assert_close(model.get_parameter("0.parametrizations.weight.original").detach(), expected)
+
+
+def test_layers_that_fade_one_after_another_have_gradients_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    technique = MagnitudePruning(0.5, gradient=Gradient.DECAYING, decay=0.3)
+    transition = vanishing.prepare(model, Recipe({"*": technique}, schedule=Staggered(LinearSchedule(steps=10))))
+    transition.seek(6)
+    shares, drawn = [], []
+    for part in model:
+        latent: nn.Parameter = part.parametrizations.weight.original  # type: ignore[assignment, union-attr]
+        part.weight.sum().backward()  # type: ignore[operator, union-attr]
+        assert latent.grad is not None
+        shares.append(round(latent.grad.min().item(), 6))
+        before = latent.detach().clone()
+        latent.grad = torch.zeros_like(latent)
+        torch.optim.SGD([latent], lr=1.0).step()
+        drawn.append(bool((latent != before).any()))
+    # The first has no original left; of the second's gradient beta and the same share of the rest.
+    assert shares == [0.0, 0.96]
+    assert drawn == [True, True]
+    transition.seek(4)
+    betas = [part.parametrizations.weight[0].beta for part in model]  # type: ignore[index, union-attr]
+    assert betas[1] == 1.0
 
 
 def test_factors_are_drawn_as_weights_are() -> None:

@@ -42,6 +42,10 @@ class Drive:
         values = self._values(step)
         return [values[number] for number in self._numbers]
 
+    def by_target(self, step: int) -> dict[Target, float]:
+        """Return beta of every target at a step, by the target."""
+        return dict(zip(self.targets, self.betas(step), strict=True))
+
     def largest(self, step: int) -> float:
         """Return the largest beta at a step."""
         return max(self._values(step))

@@ -22,7 +22,7 @@ from vanishing.blend import (
     remove_blended_weight,
 )
 from vanishing.compressors import BlockCompressor, CompressedWeight, Compressor
-from vanishing.compressors.chain import Chain, KeepingZeros
+from vanishing.compressors.chain import Chain
 from vanishing.compressors.low_rank import LowRankWeight
 from vanishing.compressors.structured import TakenUnits
 from vanishing.distributed import whole
@@ -32,14 +32,12 @@ from vanishing.layers import Factored, QuantizedInput
 from vanishing.narrowing import Exchanged
 from vanishing.places import Places, drop_copied_hooks
 from vanishing.plan import Plan, PlannedBlock, PlannedWeight
+from vanishing.pulls import PulledWeight
 from vanishing.random_state import random_state_kept
 from vanishing.receipt import FinishedLayer
 from vanishing.structure import cut, recount
 
 _TOLERANCE = 1e-5
-
-PulledWeight = tuple[float, nn.Parameter, Callable[[Tensor], Tensor | None]]
-"""A share, a trained weight, and what returns the gradient of a regularizer of it."""
 
 
 class Site(ABC):
@@ -83,8 +81,8 @@ class Site(ABC):
         """Yield every compressed weight of a stage."""
 
     @abstractmethod
-    def pulled_weights(self) -> Iterator[PulledWeight]:
-        """Yield every trained weight that a technique pulls at."""
+    def pulled_weights(self) -> list[PulledWeight]:
+        """Return the latent weights at which techniques pull."""
 
     @property
     @abstractmethod
@@ -173,33 +171,37 @@ class WeightSite(Site):
                     yield module
 
     def selected(self, stage: int) -> list[tuple[CompressedWeight, Tensor]]:
-        """Return the forms that a technique renews after a step, each with what the techniques before leave to it."""
+        """Return the forms that a technique renews after a step, each with its latent weight.
+
+        Only a mask is kept between steps, and it comes first on its weight: it is selected on the latent one.
+        """
         if stage == 0:
             return [(self.blend.form, self.weight.detach())]
-        found = []
-        for blends, weight, first in self._places():
-            form = blends[stage - first].form
-            # What has no buffers keeps nothing between steps.
-            if next(form.buffers(), None) is not None:
-                before = compressed_in_turn(blends[: stage - first], weight.detach())
-                found.append((form.part if isinstance(form, KeepingZeros) else form, before))
-        return found
+        form = self.blend.form
+        if stage > 1 or not isinstance(form, LowRankWeight):
+            return []
+        return [(blends[0].form, weight.detach()) for blends, weight in form.factor_blends().values()]
 
-    def pulled_weights(self) -> Iterator[PulledWeight]:
-        for blends, weight, first in self._places():
-            above = 1.0 - self.blend.beta if first else 1.0
-            for number, blend in enumerate(blends):
-                share = above * (1.0 - blend.beta)
-                if share and blend.form.pulls:
-                    yield share, weight, functools.partial(_pull, blend.form, blends[:number])
-
-    def _places(self) -> Iterator[tuple[list[BlendedWeight], nn.Parameter, int]]:
-        """Each trained weight with the blends that act on it in turn, and the stage of the first of them."""
+    def following(self, stage: int) -> list[tuple[CompressedWeight, Callable[[], Tensor]]]:
+        """Return the forms of a technique that comes after another on their weight, with what returns what they see."""
         form = self.blend.form
         if isinstance(form, LowRankWeight):
-            yield from ((blends, cast(nn.Parameter, factor), 1) for blends, factor in form.factor_blends().values())
+            turn, in_turn = stage - 1, list(form.factor_blends().values())
         else:
-            yield from ((self._blends, weight, 0) for weight in dict.fromkeys(self._weights()))
+            turn, in_turn = stage, [(self._blends, self.weight)]
+        if turn < 1:
+            return []
+        return [(blends[turn].form, functools.partial(_seen, blends[:turn], weight)) for blends, weight in in_turn]
+
+    def pulled_weights(self) -> list[PulledWeight]:
+        form = self.blend.form
+        if isinstance(form, LowRankWeight):
+            share = 1.0 - self.blend.beta
+            factors = form.factor_blends().values()
+            return [PulledWeight(weight, blends, share) for blends, weight in factors if _pull(blends)]
+        if not _pull(self._blends):
+            return []
+        return [PulledWeight(weight, self._blends, 1.0) for weight in dict.fromkeys(self._weights())]
 
     @property
     def original_parameters(self) -> list[nn.Parameter]:
@@ -336,8 +338,8 @@ class BlockSite(Site):
     def forms(self, stage: int) -> Iterator[CompressedWeight]:
         return iter(())
 
-    def pulled_weights(self) -> Iterator[PulledWeight]:
-        return iter(())
+    def pulled_weights(self) -> list[PulledWeight]:
+        return []
 
     @property
     def original_parameters(self) -> list[nn.Parameter]:
@@ -370,6 +372,18 @@ class BlockSite(Site):
         return {self.name: FinishedLayer(self.compressor, "replaced", *before, {})}
 
 
+def _pull(blends: Sequence[BlendedWeight]) -> bool:
+    return any(blend.form.pulls for blend in blends)
+
+
+def _seen(blends: Sequence[BlendedWeight], weight: Tensor) -> Tensor:
+    """What blends make of a latent weight at this moment."""
+    value = whole(weight.detach())
+    for blend in blends:
+        value = blend(value)
+    return value
+
+
 def _latent_weight(module: nn.Module, name: str) -> nn.Parameter:
     """Return a layer's weight, in transition or plain, without the many calls of `parametrize.is_parametrized`."""
     holder: Any = module
@@ -394,10 +408,6 @@ def build_block_sites(plan: Plan) -> list[BlockSite]:
         except ConfigError as error:
             plan.problems.append(f"{block.name!r} cannot be replaced: {error}")
     return sites
-
-
-def _pull(form: CompressedWeight, before: Sequence[BlendedWeight], weight: Tensor) -> Tensor | None:
-    return form.pull(compressed_in_turn(before, weight))
 
 
 def _make_factors_plain(plain: Factored) -> None:

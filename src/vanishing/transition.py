@@ -582,27 +582,28 @@ class Transition:
             sites = [s for s in self._sites if s.rule == number and isinstance(s, WeightSite)]
             if not sites or not isinstance(rule.compressor, WeightCompressor):
                 continue
-            chain = rule.compressor if rule.schedules and isinstance(rule.compressor, Chain) else None
-            for stage, compressor in enumerate([rule.compressor] if chain is None else chain.compressors):
-                if compressor.decays:
-                    self._decay(number, stage)
-                selected = [pair for site in sites for pair in site.selected(stage)]
-                if not selected:
+            stages = (
+                rule.compressor.compressors
+                if rule.schedules and isinstance(rule.compressor, Chain)
+                else (rule.compressor,)
+            )
+            for stage, compressor in enumerate(stages):
+                following = [pair for site in sites for pair in site.following(stage)]
+                selected = [(site, *pair) for site in sites for pair in site.selected(stage)]
+                if not selected and not following:
                     continue
                 settled = self._is_settled(number, stage, self._step)
                 was_settled = previous is not None and self._is_settled(number, stage, previous)
                 just_settled = settled and previous is not None and not was_settled
-                moment = Moment(self._step, arriving or just_settled, settled, was_settled)
-                compressor.update([form for form, _ in selected], [weight for _, weight in selected], moment)
-
-    def _decay(self, rule: int, stage: int) -> None:
-        """Tell the forms of one technique how much of its fade and ramp is left."""
-        strength, _ = self._strengths(self._step)[rule, stage]
-        drive = self._driven_by[rule, stage]
-        for (site, number), beta in zip(drive.targets, drive.betas(self._step), strict=True):
-            if site.rule == rule and number == stage:
-                for form in site.forms(stage):
-                    form.decay_to(1.0 - (1.0 - beta) * strength)
+                strength, _ = self._strengths(self._step)[number, stage]
+                betas = self._driven_by[number, stage].by_target(self._step)
+                left = tuple(1.0 - (1.0 - betas[site, stage]) * strength for site, *_ in selected)
+                moment = Moment(self._step, arriving or just_settled, settled, was_settled, left)
+                if selected:
+                    compressor.update([form for _, form, _ in selected], [weight for *_, weight in selected], moment)
+                if following:
+                    forms, seen = [form for form, _ in following], [weight for _, weight in following]
+                    compressor.update_after_another(forms, seen, moment)
 
     @contextlib.contextmanager
     def _overridden(self, beta: float) -> Iterator[None]:
@@ -663,7 +664,7 @@ class Transition:
     def _complete_gradients(self, optimizer: Optimizer) -> None:
         """Before a step of an optimizer, when the gradients are there."""
         self._drop_idle_gradients()
-        add_pulls(self._sites, optimizer)
+        add_pulls((each for site in self._sites for each in site.pulled_weights()), optimizer)
 
     def _drop_idle_gradients(self) -> None:
         """Leave parameters of the form that does not run without a gradient, not with the zeros of `with_idle`."""

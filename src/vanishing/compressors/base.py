@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,12 +70,14 @@ class Moment:
         arriving: whether everything is to be selected anew and exactly: at the start, after a jump, at the end.
         settled: whether the fade and the ramp of the rule are over.
         was_settled: whether they were over before the clock moved, as well.
+        left: of each form, how much of fade and ramp is left, from 1 to 0: `1 - (1 - beta) * strength`.
     """
 
     step: int
     arriving: bool
     settled: bool
     was_settled: bool
+    left: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,6 @@ class CompressedWeight(nn.Module, ABC):
     def pulls(self) -> bool:
         """Whether `pull` is to be asked."""
         return False
-
-    def decay_to(self, left: float) -> None:
-        """Take, where the technique `decays`, how much of its fade and ramp is left, from 1 to 0."""
-        return
 
     def pull(self, weight: Tensor) -> Tensor | None:
         """Return the gradient of a regularizer of the latent weight, in memory of its own; None, the default, for none.
@@ -275,11 +273,6 @@ class WeightCompressor(Compressor):
         """
 
     @property
-    def decays(self) -> bool:
-        """Whether its forms are told how much of their fade is left (`CompressedWeight.decay_to`)."""
-        return False
-
-    @property
     def replaces_layer(self) -> bool:
         """Whether other layers take the layer's place at the end."""
         return False
@@ -311,6 +304,17 @@ class WeightCompressor(Compressor):
         Args:
             forms: the compressed forms of all weights that one rule matched.
             weights: the latent weights, in the same order.
+            moment: where the clock stands.
+        """
+
+    def update_after_another(
+        self, forms: Sequence[CompressedWeight], weights: Sequence[Callable[[], Tensor]], moment: Moment
+    ) -> None:
+        """Do what `update` does where another technique comes before this one on the weights.
+
+        Args:
+            forms: the compressed forms.
+            weights: functions that return what each of them is computed from, in the layer's shape.
             moment: where the clock stands.
         """
 

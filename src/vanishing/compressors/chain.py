@@ -7,7 +7,6 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -151,10 +150,6 @@ class Chain(WeightCompressor):
         others = [_form_after_another(c, layer, ramped) for c in self.compressors[1:]]
         return [first.form(layer, ramped=ramped), *(KeepingZeros(cast(ProjectedWeight, each)) for each in others)]
 
-    @property
-    def decays(self) -> bool:
-        return any(each.decays for each in self.compressors)
-
     def update(self, forms: Sequence[CompressedWeight], weights: Sequence[Tensor], moment: Moment) -> None:
         if self._on_input is not None:
             inner = [cast(QuantizedInputWeight, form).weights for form in forms]
@@ -162,17 +157,17 @@ class Chain(WeightCompressor):
             return
         first, rest = self.compressors[0], self._rest()
         if isinstance(first, LowRank):
-            factors = [pair for form in forms for pair in cast(LowRankWeight, form).factor_blends().values()]
+            pairs = zip(cast(Sequence[LowRankWeight], forms), moment.left, strict=True)
+            factors = [(*pair, left) for form, left in pairs for pair in form.factor_blends().values()]
             first.update(forms, weights, moment)
-            rest.update([blend.form for (blend, *_), _ in factors], [weight for _, weight in factors], moment)
+            on_factors = dataclasses.replace(moment, left=tuple(left for *_, left in factors))
+            rest.update([blend.form for (blend, *_), *_ in factors], [weight for _, weight, _ in factors], on_factors)
             return
         # A mask comes first: it is selected on the latent weight. Of the others only the last keeps something.
         chained = cast(Sequence[ChainedWeight], forms)
         first.update([form.part(0) for form in chained], weights, moment)
-        last = self.compressors[-1]
-        if isinstance(last, Quantization):
-            pairs = zip(chained, weights, strict=True)
-            last.renew([form.part(-1) for form in chained], (partial(form.before_last, w) for form, w in pairs), moment)
+        seen = [functools.partial(form.before_last, weight) for form, weight in zip(chained, weights, strict=True)]
+        self.compressors[-1].update_after_another([form.part(-1) for form in chained], seen, moment)
 
     def _rest(self) -> WeightCompressor:
         rest = self.compressors[1:]
@@ -305,8 +300,8 @@ class ChainedWeight(ProjectedWeight):
         return self._projections()[number]
 
     def before_last(self, weight: Tensor) -> Tensor:
-        """Return the matrix that the last projection sees."""
-        return self._before_last(self.layout.to_matrix(whole(weight)))
+        """Return the weight that the last projection sees."""
+        return self.layout.from_matrix(self._before_last(self.layout.to_matrix(whole(weight))))
 
     def _before_last(self, matrix: Tensor) -> Tensor:
         for part in self._projections()[:-1]:

@@ -117,12 +117,11 @@ class MagnitudePruning(WeightCompressor):
     def form(self, layer: LayerView, *, ramped: bool) -> CompressedWeight:
         return MaskedWeight(self, layer)
 
-    @property
-    def decays(self) -> bool:
-        return self.gradient is Gradient.DECAYING
-
     def update(self, forms: Sequence[CompressedWeight], weights: Sequence[Tensor], moment: Moment) -> None:
         masked = cast(Sequence[MaskedWeight], forms)
+        for form, left in zip(masked, moment.left, strict=True):
+            if form.left is not None:
+                form.left.fill_(left)
         if self.freeze and moment.settled and moment.was_settled:
             return
         if isinstance(self.granularity, Global):
@@ -179,11 +178,8 @@ class MaskedWeight(ProjectedWeight):
         self.border: float | None = None
         # (1, rows, columns), or (groups, 1, columns) where all rows of a group have the same inputs.
         self.register_buffer("importance", _importance(layer))
-        self.register_buffer("left", torch.ones((), device=layer.weight.device) if compressor.decays else None)
-
-    def decay_to(self, left: float) -> None:
-        if self.left is not None:
-            self.left.fill_(left)
+        decays = compressor.gradient is Gradient.DECAYING
+        self.register_buffer("left", torch.ones((), device=layer.weight.device) if decays else None)
 
     def scores(self, weight: Tensor) -> Tensor:
         """Return what a selection compares, (rows, columns)."""
@@ -205,7 +201,7 @@ class MaskedWeight(ProjectedWeight):
             return self.mask
         if self.left is None:
             return None
-        return self.mask if self.settled else torch.where(self.mask, 1.0, self.left.to(matrix.dtype))
+        return torch.where(self.mask, 1.0, self.left.to(matrix.dtype))
 
     @property
     def pulls(self) -> bool:
@@ -221,7 +217,7 @@ class MaskedWeight(ProjectedWeight):
 
     @property
     def _frozen(self) -> bool:
-        return self.settled and self.compressor.freeze
+        return self.compressor.freeze and self.settled
 
 
 def _importance(layer: LayerView) -> Tensor | None:

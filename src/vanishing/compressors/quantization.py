@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -108,24 +108,17 @@ class Quantization(ProjectionCompressor):
         return SearchedScale(self, layer) if self.clip < 1 else super().form(layer, ramped=ramped)
 
     def update(self, forms: Sequence[CompressedWeight], weights: Sequence[Tensor], moment: Moment) -> None:
-        layouts = (cast(SearchedScale, form).layout for form in forms)
-        self.renew(forms, (partial(_matrix, *each) for each in zip(layouts, weights, strict=True)), moment)
+        self.update_after_another(forms, [partial(whole, weight) for weight in weights], moment)
 
-    def renew(
-        self, forms: Sequence[CompressedWeight], matrices: Iterable[Callable[[], Tensor]], moment: Moment
+    def update_after_another(
+        self, forms: Sequence[CompressedWeight], weights: Sequence[Callable[[], Tensor]], moment: Moment
     ) -> None:
-        """Search for the scales whose turn it is.
-
-        Args:
-            forms: the quantized weights.
-            matrices: functions that return what each of them is computed from.
-            moment: where the clock stands.
-        """
         if self.clip == 1:
             return
-        for turn, (form, matrix) in enumerate(zip(forms, matrices, strict=True)):
+        for turn, (form, weight) in enumerate(zip(forms, weights, strict=True)):
             if moment.arriving or (moment.step + turn) % _RENEWED_EVERY == 0:
-                cast(SearchedScale, form).search(matrix())
+                searched = (part for part in form.modules() if isinstance(part, SearchedScale))
+                next(searched).search(weight())
 
     def project(self, matrix: Tensor, strength: float, share: Tensor | None = None) -> Tensor:
         return quantize(matrix, annealed(self.bits, strength), self.granularity, self.symmetric, share)
@@ -171,10 +164,6 @@ def annealed(bits: int, strength: float) -> int:
     if strength == 0.0:
         return 0
     return math.ceil(ANNEALED_FROM - strength * (ANNEALED_FROM - bits))
-
-
-def _matrix(layout: Layout, weight: Tensor) -> Tensor:
-    return layout.to_matrix(whole(weight))
 
 
 def quantize(

@@ -39,8 +39,9 @@ class SearchedScale(ProjectedWeight):
         # (groups, columns): all rows of a group have the same inputs.
         self.register_buffer("importance", observed.moments if isinstance(observed, InputMoments) else None)
 
-    def search(self, matrix: Tensor) -> None:
+    def search(self, weight: Tensor) -> None:
         """Give each block the share by which its weights are rounded with the least error, the largest of equals."""
+        matrix = self.layout.to_matrix(weight)
         best = torch.ones_like(self.share)
         least = self._error(matrix, best)
         for number in range(1, CANDIDATES):
