@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import vanishing
 from architectures import ARCHITECTURES, Architecture, loss_of, tensors_of
@@ -24,7 +24,6 @@ from vanishing import (
     LowRank,
     MagnitudePruning,
     Quantization,
-    Replace,
     WidthPruning,
 )
 
@@ -45,32 +44,6 @@ UNITS: dict[str, tuple[Compressor, set[str]]] = {
         {"timm_convnext", "timm_resnet", "timm_efficientnet", "timm_efficientnet_lite0"},
     ),
 }
-# A block of each of these architectures, of any sort.
-BLOCKS = {
-    "vit": "vit.layers.0.mlp",
-    "bert": "bert.encoder.layer.1.intermediate",
-    "gpt2": "transformer.h.0.mlp",
-    "llama": "model.layers.1.mlp",
-    "t5": "encoder.block.0.layer.1.DenseReluDense",
-    "timm_vit": "blocks.1.mlp",
-    "timm_resnet": "layer4.0.conv1",
-}
-
-
-def thin(block: nn.Module) -> nn.Module:
-    """Return two layers that compute outputs of a block's shape from its inputs."""
-    if isinstance(block, nn.Conv2d):
-        down = nn.Conv2d(block.in_channels, 4, 3, stride=block.stride[0], padding=1)
-        return nn.Sequential(down, nn.Conv2d(4, block.out_channels, 1))
-    shapes = [
-        # That of transformers' Conv1D is transposed.
-        tuple(p.shape[::-1] if type(layer).__name__ == "Conv1D" else p.shape)
-        for layer in block.modules()
-        for p in layer.parameters(recurse=False)
-    ]
-    matrices = [shape for shape in shapes if len(shape) == 2]
-    return nn.Sequential(nn.Linear(matrices[0][1], 4), nn.GELU(), nn.Linear(4, matrices[-1][0]))
-
 
 TECHNIQUES: dict[str, Compressor] = {
     "pruned": MagnitudePruning(sparsity=0.5),
@@ -80,15 +53,13 @@ TECHNIQUES: dict[str, Compressor] = {
     "quantized_inputs": Quantization(bits=4) | ActivationQuantization(bits=8),
 }
 
-JOBS = (*TECHNIQUES, "structured", "replaced")
+JOBS = (*TECHNIQUES, "structured")
 
 
 def rules(architecture: str, technique: str) -> dict[Any, Compressor]:
     """Return the rules of a job; none where the technique does not fit the architecture."""
     if technique == "structured":
         return {key: each for key, (each, known) in UNITS.items() if architecture in known}
-    if technique == "replaced":
-        return {BLOCKS[architecture]: Replace(thin, name="thin")} if architecture in BLOCKS else {}
     if technique == "low_rank" and ARCHITECTURES[architecture].own_forward:
         return {}
     return {"*": TECHNIQUES[technique]}

@@ -340,6 +340,30 @@ def test_a_resumed_run_changes_no_bit() -> None:
         assert torch.equal(one, other)
 
 
+def test_a_compiled_network_is_traced_once_while_beta_moves() -> None:
+    model = build("mobilenetv3_small_050")
+    transition = vanishing.prepare(model, HALF)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(4):
+            torch.testing.assert_close(compiled(IMAGES), model(IMAGES))
+            transition.step()
+    torch._dynamo.reset()
+
+
+def test_local_losses_see_every_layer_that_takes_channels_up() -> None:
+    model = build("mobilenetv3_small_050")
+    recipe = Recipe({"*": ChannelPruning(0.5)}, schedule=LinearSchedule(steps=4), distillation=[vanishing.LocalLoss()])
+    transition = vanishing.prepare(model, recipe)
+    transition.seek(2)
+    model.train()(IMAGES)
+    loss = transition.auxiliary_loss()
+    assert float(loss.detach()) > 0
+    loss.backward()
+    transition.finish(force=True)
+
+
 def test_a_damaged_shape_of_a_convolution_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = build("resnet18", **SMALL["resnet18"])
     vanishing.prepare(model, HALF).finish(force=True)

@@ -135,7 +135,7 @@ def begin(
         blocks: the places of the blocks of the plan.
         optimizer: as in `prepare`.
         example_inputs: as in `prepare`.
-        distillation: local losses between the two forms.
+        distillation: what the model learns from the original while they fade.
 
     Raises:
         TransitionError: the model cannot be run between the two forms; nothing was changed.
