@@ -367,7 +367,7 @@ def test_layers_that_fade_one_after_another_have_gradients_of_their_own() -> Non
     shares, drawn = [], []
     for part in model:
         latent: nn.Parameter = part.parametrizations.weight.original  # type: ignore[assignment, union-attr]
-        part.weight.sum().backward()  # type: ignore[operator, union-attr]
+        part.weight.sum().backward()  # type: ignore[operator]
         assert latent.grad is not None
         shares.append(round(latent.grad.min().item(), 6))
         before = latent.detach().clone()
