@@ -54,6 +54,17 @@ def test_a_whitened_start_changes_the_outputs_as_little_as_any_factors_of_its_ra
     assert errors[False] > 1.5 * best
 
 
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_a_start_of_few_inputs_keeps_all_that_they_tell(rows: int) -> None:
+    # Fewer inputs than features: a rank as large as their number loses nothing of the outputs.
+    x = torch.cat([skewed(rows, 16), torch.zeros(2, 16)])
+    model = layer()
+    expected = model(x)
+    at_once(model, LowRank(rank=4, whitened=True), [x]).finish()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_a_whitened_convolution_with_groups_is_better_on_its_inputs() -> None:
     torch.manual_seed(0)
     x = torch.randn(20, 4, 6, 6) * torch.tensor([0.1, 5.0, 3.0, 0.2]).reshape(1, 4, 1, 1)

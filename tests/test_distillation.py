@@ -772,9 +772,12 @@ def test_the_estimate_of_memory_knows_the_teacher() -> None:
 
 def test_every_technique_learns_from_both() -> None:
     for name, technique in TECHNIQUES.items():
-        model = Single(nn.Linear(12, 8))
-        transition = prepared(model, {"layer": technique.compressor}, LocalLoss(), Teacher(), step=2)
-        model(torch.randn(3, 12))
+        model, x = Single(nn.Linear(12, 8)), torch.randn(3, 12)
+        recipe = Recipe({"layer": technique.compressor}, schedule=FADE, distillation=(LocalLoss(), Teacher()))
+        calibration = [x] if recipe.match(model).observed() else None
+        transition = vanishing.prepare(model, recipe, calibration=calibration)
+        transition.seek(2)
+        model(x)
         loss = transition.auxiliary_loss()
         loss.backward()
         assert loss > 0, name

@@ -312,7 +312,8 @@ class _Planner:
             return compressor.refusal(candidate.module)
         assert isinstance(compressor, WeightCompressor)
         if candidate.kind is None:
-            hint = f", or write {candidate.name + '.*'!r} for the layers below" if isinstance(pattern, Glob) else ""
+            below = isinstance(pattern, Glob) and candidate.name and next(candidate.module.children(), None) is not None
+            hint = f", or write {candidate.name + '.*'!r} for the layers below" if below else ""
             return f"it is not a layer with a weight that can be compressed{hint}"
         if candidate.kind.explicit_only and not pattern.explicit:
             return "an embedding is compressed only if a rule gives its type or exact name"

@@ -394,6 +394,11 @@ class Transition:
                 transition has ended already.
         """
         self._require_active()
+        if self._step == 0 and not force and (self.recipe.is_relative or not self.done):
+            raise TransitionError(
+                "finish: the clock stands at 0: transition.step() was never called. Call it after each optimizer "
+                "step, or give the framework's Trainer a TransitionCallback."
+            )
         self._require_length()
         if any(is_sharded(p) for p in self.model.parameters()):
             raise TransitionError(
@@ -401,11 +406,6 @@ class Transition:
                 "vanishing.integrations.fsdp.finish_gathered(transition, build) in every process instead."
             )
         if not (self.done or force):
-            if self._step == 0:
-                raise TransitionError(
-                    "finish: the clock stands at 0: transition.step() was never called. Call it after each optimizer "
-                    "step, or give the framework's Trainer a TransitionCallback."
-                )
             raise TransitionError(
                 f"finish: {self.end - self._step} of {self.end} optimizer steps remain until the compressed form "
                 f"stands alone. Train on, or call finish(force=True) to cut them off."

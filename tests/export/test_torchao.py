@@ -44,7 +44,7 @@ def test_int8_kernels_compute_the_same(symmetric: bool, range_: Range, weights: 
     expected = model(X)
     assert use_int8_kernels(model) is model
     assert not any(isinstance(module, QuantizedInput) for module in model.modules())
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in model.children() if isinstance(module, nn.Linear)]
     assert len(layers) == 2 and all(isinstance(layer.weight, Int8Tensor) for layer in layers)
     assert relative(model(X), expected) < 2e-6
 

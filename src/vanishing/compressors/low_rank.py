@@ -195,9 +195,17 @@ def truncated(matrix: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor, T
     exact = moments.double()
     scale = exact.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=torch.finfo(torch.float32).tiny)
     damped = exact + _DAMPING * scale * torch.eye(exact.shape[-1], dtype=exact.dtype, device=exact.device)
-    lower = torch.linalg.cholesky(damped)
-    u, s, v = torch.linalg.svd(matrix.double() @ lower, full_matrices=False)
-    v = torch.linalg.solve_triangular(lower, v, upper=False, left=False)
+    lower, failures = torch.linalg.cholesky_ex(damped)
+    if not bool(failures.any()):
+        u, s, v = torch.linalg.svd(matrix.double() @ lower, full_matrices=False)
+        v = torch.linalg.solve_triangular(lower, v, upper=False, left=False)
+    else:
+        # Few inputs leave directions of nothing but rounding, some of them below 0.
+        values, vectors = torch.linalg.eigh(damped)
+        least = torch.finfo(torch.float32).eps * values[:, -1:].clamp(min=torch.finfo(torch.float32).tiny)
+        root = values.clamp(min=least).sqrt()[:, None]
+        u, s, v = torch.linalg.svd(matrix.double() @ (vectors * root), full_matrices=False)
+        v = (v / root) @ vectors.mT
     return u.to(matrix.dtype), s.to(matrix.dtype), v.to(matrix.dtype)
 
 

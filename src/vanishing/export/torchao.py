@@ -68,22 +68,19 @@ def use_int8_kernels(model: nn.Module) -> nn.Module:
         weight: Any = layer.get_parameter("weight")
         weight.qdata.copy_(codes)
         weight.scale.copy_(scale)
-        # One scale of all inputs is taken for a matrix alone.
-        places.put(module, _OnRows(layer) if isinstance(module.quantizer, TensorQuantizer) else layer)
+        if isinstance(module.quantizer, TensorQuantizer):
+            # One scale of all inputs is taken for a matrix alone.
+            layer.__class__ = LinearOnRows
+        places.put(module, layer)
     return model
 
 
-class _OnRows(nn.Module):
+class LinearOnRows(nn.Linear):
     """A linear layer that sees its input as a matrix, one row a token."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.training = layer.training
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.layer(x.reshape(-1, x.shape[-1]))
-        return output.reshape(*x.shape[:-1], -1)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (..., out_features)."""
+        return super().forward(input.reshape(-1, input.shape[-1])).reshape(*input.shape[:-1], -1)
 
 
 def _problem(module: QuantizedInput, grid: Grid | None) -> str | None:

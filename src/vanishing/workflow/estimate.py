@@ -74,8 +74,8 @@ def estimate(settings: Settings, output: Path) -> Estimate:
     process_bytes = 0 if device.type == "cuda" else resident_bytes()
     model = job.build()
     plan = job.recipe(model).match(model)
-    transition = job.prepare(model)
     dense_bytes = job.dense_bytes(model)
+    transition = job.prepare(model)
     # The types that weights are saved in; what was read in them loses nothing.
     small_bytes = summary(model.to(job.dtype)).after.bytes
     model.float().to(device)
