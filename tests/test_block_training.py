@@ -127,7 +127,9 @@ def test_batch_statistics_of_each_form_are_of_what_it_sees_while_it_runs() -> No
         return nn.Sequential(nn.BatchNorm1d(8, momentum=None))
 
     model: Any = nn.Sequential(nn.Identity(), block())
-    recipe = Recipe({"1": Replace(lambda _: block(), name="block")}, schedule=LinearSchedule(start=2, steps=4))
+    recipe = Recipe(
+        {"1": Replace(lambda _: block(), name="a normalized block")}, schedule=LinearSchedule(start=2, steps=4)
+    )
     transition = vanishing.prepare(model, recipe)
     batches = [batch(step) + step for step in range(10)]
     original, replacement = model[1].original[0], model[1].replacement[0]
