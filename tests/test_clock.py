@@ -349,7 +349,9 @@ def test_without_the_length_of_the_training_the_clock_does_not_move() -> None:
     model = small_model()
     transition = vanishing.prepare(model, Binary(), steps="40%")
     before = model.state_dict()
-    for call in (transition.step, lambda: transition.seek(3), transition.finish, lambda: transition.finish(force=True)):
+    with pytest.raises(vanishing.TransitionError, match=r"the clock stands at 0.*TransitionCallback"):
+        transition.finish()
+    for call in (transition.step, lambda: transition.seek(3), lambda: transition.finish(force=True)):
         with pytest.raises(vanishing.TransitionError, match=r"length is not known\. Call transition\.set_length"):
             call()
     finished_state = {"steps_done": 4, "recipe": '{"rules": []}'}

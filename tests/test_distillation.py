@@ -19,6 +19,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
@@ -40,6 +41,7 @@ from vanishing import (
     Recipe,
     RecipeError,
     Replace,
+    Staggered,
     StepSchedule,
     Teacher,
     Transition,
@@ -781,3 +783,42 @@ def test_every_technique_learns_from_both() -> None:
         loss = transition.auxiliary_loss()
         loss.backward()
         assert loss > 0, name
+
+
+def test_a_cache_of_the_caller_is_refused() -> None:
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
+    )
+    model = LlamaForCausalLM(config)
+    transition = prepared(model, {"*mlp*": MagnitudePruning(0.5)}, Teacher())
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.randint(0, 32, (2, 6)), cache=cache)
+    with pytest.raises(TransitionError, match="a cache of its caller"):
+        transition.auxiliary_loss()
+    assert cache.get_seq_length() == 6
+
+
+def test_after_a_pass_that_failed_the_model_can_be_evaluated() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    transition = prepared(model, {"*": MagnitudePruning(0.5)}, LocalLoss(), step=1)
+    hook = model[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(torch.randn(2, 8))
+    hook.remove()
+    with torch.no_grad():
+        model.eval()(torch.randn(2, 8))
+    model.train()(torch.randn(2, 8))
+    assert transition.auxiliary_loss() > 0
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_a_compiled_model_compares_what_has_an_original_left(step: int) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    schedule = Staggered(LinearSchedule(steps=6))
+    transition = prepared(model, {"*": Quantization(3)}, LocalLoss(), step=step, schedule=schedule)
+    x = torch.randn(8, 16)
+    model(x)
+    expected = transition.auxiliary_loss().detach()
+    torch.compile(model, backend="eager")(x)
+    torch.testing.assert_close(transition.auxiliary_loss().detach(), expected)

@@ -325,3 +325,11 @@ def test_a_damaged_shape_leaves_the_model_as_it_was(tmp_path: Path) -> None:
         vanishing.load(tmp_path / "small", wider)
     assert [tuple(p.shape) for p in wider.parameters()] == shapes
     vanishing.load(tmp_path / "small", other)
+
+
+def test_a_block_that_was_cut_is_not_replaced_as_well() -> None:
+    model = bert()
+    prepare("BERT", model).finish(force=True)
+    recipe = vanishing.Recipe({"*.layer.0": vanishing.SkipBlock()}, schedule=vanishing.StepSchedule(at=0))
+    with pytest.raises(vanishing.RecipeError, match=r"an earlier transition built .* in it"):
+        vanishing.prepare(model, recipe)

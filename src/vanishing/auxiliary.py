@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vanishing.blend import Blend, BlendedWeight, Comparison, Form
+from vanishing.caches import caches_among
 from vanishing.distillation import Distillation, LocalLoss, Teacher, relative_distance, sum_of
+from vanishing.distributed import is_sharded
 from vanishing.errors import TransitionError
 from vanishing.inputs import evaluation
 from vanishing.sites import Site, WeightSite
@@ -130,7 +132,13 @@ class AuxiliaryLoss:
             )
         if last.loss is None:
             losses = list(last.distances)
+            self._refuse_sharded_inputs()
             if self.teacher is not None:
+                if caches_among(*last.call[:2]):
+                    raise TransitionError(
+                        "Teacher: the model was trained with a cache of its caller, which the teacher would write to "
+                        "as well. Train without past_key_values, or leave the teacher out of the recipe."
+                    )
                 now = _versions(*last.call[:2])
                 if any(now.get(tensor, version) != version for tensor, version in last.versions.items()):
                     raise TransitionError(
@@ -142,6 +150,15 @@ class AuxiliaryLoss:
                 losses.append(self.teacher.loss(arguments, keywords, output, last.features))
             last.loss = sum_of(losses) if losses else torch.zeros((), device=device)
         return last.loss
+
+    def _refuse_sharded_inputs(self) -> None:
+        """Raise where FSDP2 would have taken the weights away again that the comparison was made with."""
+        for site in self._sites if self._local is not None else ():
+            if isinstance(site, WeightSite) and site.quantizes_input and is_sharded(site.weight):
+                raise TransitionError(
+                    f"LocalLoss: {site.name!r} quantizes its input and its weight is spread over processes, which "
+                    f"cannot be compared. Train with DistributedDataParallel, or leave LocalLoss out of the recipe."
+                )
 
     def _blends(self) -> Iterator[Blend]:
         for site in self._sites:
@@ -164,6 +181,9 @@ class AuxiliaryLoss:
 
 def _around_a_pass(model: nn.Module, passes: _Passes) -> tuple[Callable[..., None], Callable[..., None]]:
     def begin(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if module is model:
+            # A pass before may have failed.
+            passes.is_under_way = False
         if not (module.training and torch.is_grad_enabled()):
             return
         if module is not model:
@@ -200,9 +220,11 @@ def _comparison(model: nn.Module, passes: _Passes, weight: float) -> Comparison:
     def is_wanted() -> bool:
         return model.training and torch.is_grad_enabled()
 
-    def keep(original: Any, compressed: Any) -> None:
+    def keep(original: Any, compressed: Any, counts: Tensor | None) -> None:
         # Also where nobody will ask: activations that are computed again must be computed as they were.
         distance = weight * relative_distance(original, compressed)
+        if counts is not None:
+            distance = distance * counts
         current = passes.current
         if current is not None:
             current.distances.append(distance)
@@ -220,9 +242,16 @@ def _compare_forms(passes: _Passes, name: str, blends: Sequence[BlendedWeight]) 
             _refuse_without_gradients("LocalLoss", name)
         if comparison.is_wanted():
             original, compressed = (_alone(module, fading, form, arguments, keywords) for form in Form)
-            comparison.keep(original, compressed)
+            comparison.keep(original, compressed, _has_a_share(fading))
 
     return compare
+
+
+def _has_a_share(blends: Sequence[BlendedWeight]) -> Tensor | None:
+    """Whether an original has a share, for a graph that is compiled for every beta of a group of layers."""
+    if not torch.compiler.is_compiling():
+        return None
+    return torch.stack([blend.beta_tensor for blend in blends]).amax() > 0
 
 
 def _alone(

@@ -29,11 +29,12 @@ class Comparison(NamedTuple):
 
     Args:
         is_wanted: whether the pass that is under way is such a one.
-        keep: takes what the original and what the compressed form have computed from the same inputs.
+        keep: takes what the original and what the compressed form have computed from the same inputs, and in a graph
+            that is compiled for every beta, whether the original has a share.
     """
 
     is_wanted: Callable[[], bool]
-    keep: Callable[[Any, Any], None]
+    keep: Callable[[Any, Any, Tensor | None], None]
 
 
 class Form(Enum):
@@ -141,6 +142,8 @@ class BlendedWeight(Blend):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight that the layer uses: the original itself at beta = 1."""
         if self.alone is Form.ORIGINAL:
+            if torch.compiler.is_compiling():
+                return torch.where(self.beta_tensor > 0, weight, self.form.compress(weight))
             return weight
         if self.vanished or self.alone is Form.COMPRESSED:
             return with_idle(self.form.compress(weight), [] if self.form.shares_weight else [weight])
@@ -385,7 +388,7 @@ class BlendedBlock(Blend):
         with contextlib.nullcontext() if separate is None else separate.of_replacement():
             replacement = self.replacement(*arguments, **keywords)
         if self.comparison is not None and self.comparison.is_wanted():
-            self.comparison.keep(original, replacement)
+            self.comparison.keep(original, replacement, self.beta_tensor > 0 if torch.compiler.is_compiling() else None)
         if isinstance(beta, float) and beta == 1.0:
             return with_idle(original, self.replacement.parameters(), copy=True)
         return blend_outputs(original, replacement, beta, f"{self._name}(...)")

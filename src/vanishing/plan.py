@@ -355,7 +355,8 @@ class _Planner:
                 continue
             if layer.structure == "replaced" and name in candidate.names:
                 return "an earlier transition put it there, and load could not do both. Let its factory do it all"
-            if layer.structure != "weight" and is_block and any(is_below(name, own) for own in candidate.names):
+            rebuilt = layer.structure != "weight" or layer.narrowed_from is not None or layer.counts
+            if rebuilt and is_block and any(is_below(name, own) for own in candidate.names):
                 return f"an earlier transition built {name!r} in it, which load could not repeat. Replace the original"
         return None
 

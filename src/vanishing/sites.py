@@ -156,6 +156,20 @@ class WeightSite(Site):
         distance = (compressed_in_turn(self._blends, weight) - weight).norm()
         return float(distance / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny))
 
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether a technique rounds what goes into the layer."""
+        return self._blends[-1].form.input_quantizer is not None
+
+    @property
+    def idle_parameters(self) -> list[nn.Parameter]:
+        idle = self.replaced_parameters if self.blend.beta == 0.0 else []
+        waiting = [b for stage in self.stages for b in stage if b.beta == 1.0 and b.comparison is None]
+        if waiting:
+            theirs = {id(p) for blend in waiting for p in blend.parameters()}
+            idle = idle + [p for p in self.new_parameters if id(p) in theirs]
+        return idle
+
     def _weights(self) -> list[nn.Parameter]:
         """The latent weight of every owner: one parameter, unless something has untied them."""
         return [_latent_weight(module, name) for module, name in self.planned.owners]

@@ -524,7 +524,11 @@ class Transition:
         # A factor's weight, on which another technique fades, is measured as it will be.
         with self._overridden(0.0):
             weights = [site for site in sites if isinstance(site, WeightSite)]
-            gaps = [site.gap() for site in weights if not any(is_sharded(p) for p in site.new_parameters)]
+            gaps = [
+                site.gap()
+                for site in weights
+                if site.blend.form.shares_weight or not any(is_sharded(p) for p in site.new_parameters)
+            ]
         return sum(gaps) / len(gaps) if gaps else None
 
     def _measure(self, drive: Drive) -> float | None:

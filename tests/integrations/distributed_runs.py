@@ -82,6 +82,16 @@ TECHNIQUES: dict[str, dict[Any, Compressor | Rule]] = {
         "*.feed_forward.2": LowRank(rank=2, whitened=True),
     },
     "learned_inputs": {"*.feed_forward.*": ActivationQuantization(bits=8, range=Range.LEARNED)},
+    "learned_inputs_in_turn": {
+        "0.feed_forward.*": Rule(
+            MagnitudePruning(0.5) | ActivationQuantization(bits=8, range=Range.LEARNED),
+            schedules=(LinearSchedule(steps=2), LinearSchedule(start=4, steps=3)),
+        ),
+        "1.feed_forward.*": Rule(
+            MagnitudePruning(0.5) | ActivationQuantization(bits=8, range=Range.LEARNED),
+            schedules=(LinearSchedule(start=4, steps=3), LinearSchedule(steps=2)),
+        ),
+    },
     "replace": {"*.feed_forward": Replace(narrow, name="narrow of distributed runs")},
     "staggered": {"*": Rule(MagnitudePruning(0.5), schedule=Staggered(SCHEDULE))},
     "adaptive": {"*": Rule(Binary(), schedule=Adaptive(LinearSchedule(steps=3), limit=0.01, deadline=6, every=1))},

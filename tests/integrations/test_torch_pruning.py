@@ -198,3 +198,17 @@ def test_a_resumed_run_changes_no_bit() -> None:
         run[1].finish()
     for one, other in zip(whole[0].state_dict().values(), split[0].state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_layers_of_a_factored_one_are_left_whole() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    vanishing.prepare(model, vanishing.LowRank(rank=2), steps=1, ignore=["2"]).finish(force=True)
+    with pytest.raises(RecipeError, match="no channels that could be taken out"):
+        prepare(model, torch.randn(2, 8), sparsity=0.5, schedule=LinearSchedule(steps=1))
+
+
+def test_an_order_that_names_no_layer_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    schedule = vanishing.Staggered(LinearSchedule(steps=6), order=("nonsense",))
+    with pytest.raises(RecipeError, match="its order names 'nonsense', but it drives no such layer"):
+        prepare(model, torch.randn(2, 8), sparsity=0.5, schedule=schedule)

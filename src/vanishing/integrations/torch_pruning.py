@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from vanishing.channels import vary
 from vanishing.compressors import ChannelPruning, LayerView
+from vanishing.drives import schedule_problems
 from vanishing.equality import difference_beyond_rounding
 from vanishing.errors import RecipeError
 from vanishing.inputs import call, evaluation
-from vanishing.layers import find_kind
+from vanishing.layers import Factored, find_kind
 from vanishing.narrowing import features_shape, is_depthwise, is_narrowable
 from vanishing.optimizers import unheld_problems
 from vanishing.plan import Plan, PlannedWeight
@@ -94,6 +95,7 @@ def prepare(
         )
     plan = Plan(weights=[_planned(group, technique) for group in groups])
     plan.problems += [] if optimizer is None else unheld_problems(optimizer, plan.places())
+    plan.problems += schedule_problems(recipe, {planned.names[0]: 0 for planned in plan.weights}, {})
     plan.check()
     return begin(model, plan, recipe, [], optimizer, example_inputs, distillation=())
 
@@ -158,7 +160,8 @@ def _translated(found: Any, graph: Any, model: nn.Module, names: Mapping[nn.Modu
             # An operation without weights.
             continue
         tied = any(holders[p] > 1 for p in layer.parameters(recurse=False))
-        if not is_narrowable(layer) or tied or cut_problem(layer) is not None:
+        inside = any(isinstance(model.get_submodule(name), Factored) for name in _above(names[layer]))
+        if inside or not is_narrowable(layer) or tied or cut_problem(layer) is not None:
             return None
         both = is_depthwise(layer) or len(features_shape(layer)) == 1
         outputs = both or graph.is_out_channel_pruning_fn(handler)
@@ -171,6 +174,12 @@ def _translated(found: Any, graph: Any, model: nn.Module, names: Mapping[nn.Modu
     if not makers or not takers:
         return None
     return Group(Unit.CHANNEL, count, tuple(makers.values()), tuple(takers.values()), model, "", ())
+
+
+def _above(name: str) -> list[str]:
+    """The full names of the modules that a module is in."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts))]
 
 
 def _ignored(group: Group, model: nn.Module, recipe: Recipe) -> bool:
