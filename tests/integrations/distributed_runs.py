@@ -85,11 +85,11 @@ TECHNIQUES: dict[str, dict[Any, Compressor | Rule]] = {
     "learned_inputs_in_turn": {
         "0.feed_forward.*": Rule(
             MagnitudePruning(0.5) | ActivationQuantization(bits=8, range=Range.LEARNED),
-            schedules=(LinearSchedule(steps=2), LinearSchedule(start=4, steps=3)),
+            schedules=(LinearSchedule(steps=2), LinearSchedule(start=4, steps=2)),
         ),
         "1.feed_forward.*": Rule(
             MagnitudePruning(0.5) | ActivationQuantization(bits=8, range=Range.LEARNED),
-            schedules=(LinearSchedule(start=4, steps=3), LinearSchedule(steps=2)),
+            schedules=(LinearSchedule(start=4, steps=2), LinearSchedule(steps=2)),
         ),
     },
     "replace": {"*.feed_forward": Replace(narrow, name="narrow of distributed runs")},
