@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from vanishing.blend import Blend, BlendedWeight, Comparison, Form
 from vanishing.caches import caches_among
 from vanishing.distillation import Distillation, LocalLoss, Teacher, relative_distance, sum_of
-from vanishing.distributed import is_sharded
+from vanishing.distributed import is_distributed, is_sharded
 from vanishing.errors import TransitionError
 from vanishing.inputs import evaluation
 from vanishing.sites import Site, WeightSite
@@ -153,7 +153,9 @@ class AuxiliaryLoss:
 
     def _refuse_sharded_inputs(self) -> None:
         """Raise where FSDP2 would have taken the weights away again that the comparison was made with."""
-        for site in self._sites if self._local is not None else ():
+        if self._local is None or not is_distributed():
+            return
+        for site in self._sites:
             if isinstance(site, WeightSite) and site.quantizes_input and is_sharded(site.weight):
                 raise TransitionError(
                     f"LocalLoss: {site.name!r} quantizes its input and its weight is spread over processes, which "
