@@ -38,6 +38,7 @@ from vanishing.bench.wording import percent
 FADE = 1_000_000
 """Optimizer steps of the fade in which steps are timed: beta hardly moves in it."""
 TECHNIQUES = ["pruned", "low rank"]
+WAYS = ["none", "local", "logits", "both"]
 MOMENTS = {"in the fade": FADE // 2, "after it": FADE}
 
 
@@ -71,7 +72,8 @@ def measure(name: str, options: argparse.Namespace, folder: Path, on_step: Calla
     known = {"pruned": MagnitudePruning(options.sparsity), "low rank": LowRank(rank=options.rank)}
     techniques = {technique: known[technique] for technique in options.techniques}
     record: dict[str, Any] = {"dense": asdict(dense)}
-    for (technique, compressor), (learned, arm) in itertools.product(techniques.items(), arms(options).items()):
+    chosen = {learned: arm for learned, arm in arms(options).items() if learned in options.learn_from}
+    for (technique, compressor), (learned, arm) in itertools.product(techniques.items(), chosen.items()):
         tasks = [real.at(seed) for seed in options.seeds]
         runs = [fine_tune(task, state, compressor, arm, real.budget, folder / "small", on_step) for task in tasks]
         accuracies = [outcome.accuracy for outcome, _ in runs]
@@ -92,8 +94,8 @@ def time_steps(
 ) -> Iterator[tuple[str, Ratios]]:
     """Yield what was timed, in words, and its ratios to the step without distillation."""
     chosen = arms(options)
-    for (moment, at), learned in itertools.product(MOMENTS.items(), ("local", "logits", "both")):
-        if moment == "after it" and learned == "local":
+    for (moment, at), learned in itertools.product(MOMENTS.items(), WAYS[1:]):
+        if learned not in options.learn_from or (moment == "after it" and learned == "local"):
             continue
         steps = [_step(real, state, compressor, chosen[each], at) for each in ("none", learned)]
         for step in steps * options.warm_up:
@@ -129,6 +131,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, default=TECHNIQUES)
+    parser.add_argument("--learn-from", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of zeros (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="of the factors (default: %(default)s)")
     parser.add_argument("--local", type=float, default=1.0, help="weight of the local loss (default: %(default)s)")

@@ -863,9 +863,9 @@ def test_after_a_refusal_the_corrected_recipe_works() -> None:
 
 
 def test_a_layer_that_cannot_be_installed_takes_the_others_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vanishing import blend, sites
+    from vanishing import blended_weight, sites
 
-    install = blend.install_blended_weight
+    install = blended_weight.install_blended_weight
     model = mlp()
 
     def fail_at_the_second(module: nn.Module, *arguments: Any) -> None:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 import vanishing
 from cases import LAYERS, PAIRS, TECHNIQUES, LayerCase, Pair, Run, Technique, by_old_names, loss, outputs
 from vanishing import Compressor, Gradient, LowRank, MagnitudePruning
-from vanishing.blend import BlendedBlock
+from vanishing.blended_block import BlendedBlock
 from vanishing.layers import Factored, QuantizedInput
 from vanishing.places import join
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 import vanishing
 from cases import LAYERS, PAIRS, Experts, LayerCase, OtherLinear, Tied, Twice, loss, outputs
 from vanishing import Binary, LinearSchedule, LowRank, MagnitudePruning, PerTensor, Quantization, Recipe
-from vanishing.blend import BlendedWeight
+from vanishing.blended_weight import BlendedWeight
 from vanishing.layers import Factored, factor, find_kind
 from vanishing.plan import Plan
 

@@ -19,7 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import vanishing
 from loops import batch, copied, mlp, states_equal, train
 from vanishing import LinearSchedule, MagnitudePruning, Recipe, Replace, StepSchedule, Transition, TransitionError
-from vanishing.blend import BlendedBlock, blend_outputs
+from vanishing.blended_block import BlendedBlock
+from vanishing.outputs import blend_outputs
 
 
 class Scale(nn.Module):

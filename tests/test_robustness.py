@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize
 import vanishing
 from loops import batch, mlp, train
 from vanishing import Binary, Gradient, LowRank, MagnitudePruning, Quantization, Recipe, Replace, StepSchedule
-from vanishing.blend import BlendedBlock, blend_outputs
+from vanishing.blended_block import BlendedBlock
+from vanishing.outputs import blend_outputs
 from vanishing.schedules import LinearSchedule
 
 

@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from vanishing.blend import Blend, BlendedWeight, Comparison, Form
+from vanishing.blend import Blend, Comparison, Form
+from vanishing.blended_weight import BlendedWeight
 from vanishing.caches import caches_among
 from vanishing.distillation import Distillation, LocalLoss, Teacher, relative_distance, sum_of
 from vanishing.distributed import is_distributed, is_sharded
 from vanishing.errors import TransitionError
 from vanishing.inputs import evaluation
+from vanishing.layers import find_kind
 from vanishing.sites import Site, WeightSite
 from vanishing.teacher import FrozenOriginal, find_features
 
@@ -68,11 +72,14 @@ class AuxiliaryLoss:
         self._handles: list[RemovableHandle] = []
         self._local: LocalLoss | None = None
         self._comparison: Comparison | None = None
+        self._compared: list[tuple[list[BlendedWeight], list[WeightSite]]] = []
+        """What the hook of a layer looks at, and where that comes from."""
         self.teacher: FrozenOriginal | None = None
         for each in distillation:
             if isinstance(each, LocalLoss):
                 # One throughout: a compiled graph is of these functions.
-                self._local, self._comparison = each, _comparison(model, self._passes, each.weight)
+                self._local = each
+                self._comparison = _comparison(model, self._passes, each.weight / _count(sites))
             elif isinstance(each, Teacher):
                 blocks = [site.name for site in sites if not isinstance(site, WeightSite)]
                 names = [name for name, _ in model.named_modules()]
@@ -103,13 +110,16 @@ class AuxiliaryLoss:
             handle.remove()
         for blend in self._blends():
             vars(blend).pop("comparison", None)
-        self._handles, self._sites, self._passes = [], [], _Passes()
+        self._handles, self._compared, self._sites, self._passes = [], [], [], _Passes()
         self._local = self.teacher = None
 
     def set_step(self, step: int) -> None:
         """Say how many optimizer steps are done."""
         if self._local is None:
             return
+        for blends, sites in self._compared:
+            # Loading factors of another rank makes new ones.
+            blends[:] = _weight_blends(sites)
         comparison = self._comparison if step % self._local.every == 0 else None
         for blend in self._blends():
             if blend.comparison is not comparison:
@@ -168,17 +178,36 @@ class AuxiliaryLoss:
                 yield from stage
 
     def _attach_to_layers(self) -> None:
-        owners: dict[nn.Module, list[BlendedWeight]] = {}
+        sites: dict[nn.Module, list[WeightSite]] = {}
         for site in self._sites:
             if isinstance(site, WeightSite):
-                for module, _ in site.planned.owners:
-                    blends = owners.setdefault(module, [])
-                    of_site = [b for stage in site.stages for b in stage if isinstance(b, BlendedWeight)]
-                    blends += [each for each in of_site if each not in blends]
+                for module in dict.fromkeys(module for module, _ in site.planned.owners):
+                    sites.setdefault(module, []).append(site)
         names = {module: name for name, module in self._model.named_modules()}
-        for module, blends in owners.items():
-            hook = _compare_forms(self._passes, names[module], blends)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        for module, of_module in sites.items():
+            blends = _weight_blends(of_module)
+            self._compared.append((blends, of_module))
+            is_linear = _is_linear(module) and not any(site.quantizes_input for site in of_module)
+            hook = _compare_forms(self._passes, names[module], blends, is_linear=is_linear)
+            # First: what other hooks make of the output is not of the weight.
+            self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+
+
+def _count(sites: Sequence[Site]) -> int:
+    """How many layers and blocks are compared."""
+    weights = [site for site in sites if isinstance(site, WeightSite)]
+    return len({module for site in weights for module, _ in site.planned.owners}) + len(sites) - len(weights)
+
+
+def _weight_blends(sites: Sequence[WeightSite]) -> list[BlendedWeight]:
+    found = [b for site in sites for stage in site.stages for b in stage if isinstance(b, BlendedWeight)]
+    return list(dict.fromkeys(found))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a layer in transition multiplies its one input with its one weight, and does nothing but add a bias."""
+    kind, plain = find_kind(module), type(module).__mro__[1]
+    return kind is not None and kind.takes_activations and plain.forward is kind.base_forward(module)  # type: ignore[attr-defined]
 
 
 def _around_a_pass(model: nn.Module, passes: _Passes) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -234,19 +263,56 @@ def _comparison(model: nn.Module, passes: _Passes, weight: float) -> Comparison:
     return Comparison(is_wanted, keep)
 
 
-def _compare_forms(passes: _Passes, name: str, blends: Sequence[BlendedWeight]) -> Callable[..., None]:
-    def compare(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], _: Any) -> None:
+def _compare_forms(
+    passes: _Passes, name: str, blends: Sequence[BlendedWeight], *, is_linear: bool
+) -> Callable[..., None]:
+    def compare(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         fading = [blend for blend in blends if not blend.vanished and blend.comparison is not None]
         comparison = fading[0].comparison if fading else None
         if comparison is None:
             return
         if passes.is_under_way:
             _refuse_without_gradients("LocalLoss", name)
-        if comparison.is_wanted():
-            original, compressed = (_alone(module, fading, form, arguments, keywords) for form in Form)
-            comparison.keep(original, compressed, _has_a_share(fading))
+        if not comparison.is_wanted():
+            return
+        if parametrize._cache_enabled:
+            raise TransitionError(
+                f"LocalLoss: {name!r} runs inside of torch.nn.utils.parametrize.cached(), which keeps one weight for "
+                f"both forms. Leave one of the two out."
+            )
+        arguments, keywords = tree_map(_constant, (arguments, keywords))
+        if is_linear and len(fading) == 1 and module.parametrizations.weight[-1] is fading[0]:  # type: ignore[union-attr,index]
+            original, compressed = _from_difference(module, fading, arguments, keywords, output)
+        else:
+            with torch.no_grad():
+                original = _alone(module, fading, Form.ORIGINAL, arguments, keywords)
+            compressed = _alone(module, fading, Form.COMPRESSED, arguments, keywords)
+        comparison.keep(original, compressed, _has_a_share(fading))
 
     return compare
+
+
+def _from_difference(
+    module: nn.Module,
+    blends: Sequence[BlendedWeight],
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    output: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What a linear layer computes with either form, from its output and one more product: d = f(x) - g(x).
+
+    The output is `beta f(x) + (1 - beta) g(x)`, so that `f(x) = output + (1 - beta) d`.
+    """
+    difference: Tensor = _alone(module, blends, Form.DIFFERENCE, arguments, keywords)
+    precise = torch.promote_types(difference.dtype, torch.float32)
+    difference, output = difference.to(precise), output.detach().to(precise)
+    bias: Any = module._parameters.get("bias")
+    if bias is not None:
+        # It is in both forms, and must not learn. Channels come before the positions of a convolution.
+        positions = getattr(module, "kernel_size", ())
+        difference = difference - bias.reshape(-1, *[1] * len(positions))
+    original = output + (1 - blends[0].current_beta()) * difference.detach()
+    return original, original - difference
 
 
 def _has_a_share(blends: Sequence[BlendedWeight]) -> Tensor | None:
@@ -270,6 +336,10 @@ def _alone(
     finally:
         for blend in blends:
             blend.alone = None
+
+
+def _constant(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _refuse_without_gradients(who: str, name: str) -> None:

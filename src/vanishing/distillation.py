@@ -28,12 +28,14 @@ class Distillation(Config, ABC):
 class LocalLoss(Distillation):
     """Let each compressed layer or block compute what its original computes: `|f(x) - g(x)|^2 / |f(x)|^2` (Frobenius).
 
-    The sum over all layers and blocks that are compressed, as long as their original has a share. f is a constant in
-    it: g learns, and with it what comes before it in the model. A block's outputs are there already; a layer runs once
-    more with each of its weights. What a layer's weight is read for without the layer being called is not compared.
+    The mean over all layers and blocks that are compressed; where the original has no share any more, 0. f is a
+    constant in it, and g learns. Of a block both outputs are there already, and what comes before it in the model
+    learns as well. A layer multiplies once more, its input being a constant; recurrent and attention layers, and those
+    whose input is quantized, run once more with each form. What a layer's weight is read for without the layer being
+    called is not compared.
 
     Args:
-        weight: what the sum is multiplied by.
+        weight: what the mean is multiplied by.
         every: optimizer steps from one comparison to the next; there is no local loss in the steps between.
 
     Raises:
@@ -58,8 +60,8 @@ class Teacher(Distillation):
             0 leave tokens out.
         temperature: T.
         features: globs on full names of modules whose outputs are compared as well, `|t - s|^2 / |t|^2` for each
-            (Frobenius; without the tokens that an `attention_mask` hides), summed over the modules.
-        feature_weight: what that sum is multiplied by.
+            (Frobenius; without the tokens that an `attention_mask` hides), the mean over the modules.
+        feature_weight: what that mean is multiplied by.
         bfloat16: whether the teacher's copy is in that type, half as large as in single precision; it shares nothing
             then.
 

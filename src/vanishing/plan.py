@@ -12,7 +12,8 @@ from rich.table import Column, Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vanishing.blend import BlendedBlock, blended_weights
+from vanishing.blended_block import BlendedBlock
+from vanishing.blended_weight import blended_weights
 from vanishing.calibration import Observed, Observer
 from vanishing.channels import groups_of, problem_of
 from vanishing.compressors import BlockCompressor, Compressor, LayerView, Replace, StructuredPruning, WeightCompressor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vanishing.blend import BlendedWeight
+from vanishing.blended_weight import BlendedWeight
 from vanishing.distributed import spread_like, whole
 from vanishing.optimizers import held_ids
 

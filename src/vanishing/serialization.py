@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vanishing import hugging_face
-from vanishing.blend import BlendedBlock, BlendedWeight
+from vanishing.blended_block import BlendedBlock
+from vanishing.blended_weight import BlendedWeight
 from vanishing.compressors import Compressor
 from vanishing.encodings import dtype_name, encode
 from vanishing.errors import ConfigError, FileError, TransitionError

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vanishing.blend import (
-    Blend,
-    BlendedBlock,
+from vanishing.blend import Blend
+from vanishing.blended_block import BlendedBlock
+from vanishing.blended_weight import (
     BlendedWeight,
     blended_weights,
     compressed_in_turn,

@@ -14,7 +14,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vanishing.blend import BlendedBlock, blended_weights, compressed_in_turn, grid_in_turn
+from vanishing.blended_block import BlendedBlock
+from vanishing.blended_weight import blended_weights, compressed_in_turn, grid_in_turn
 from vanishing.encodings import encode
 from vanishing.inputs import call
 from vanishing.layers import Factored, LayerKind, QuantizedInput, Split, find_kind

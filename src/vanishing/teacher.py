@@ -100,6 +100,7 @@ class FrozenOriginal:
             distance = softened_divergence(student, _logits(expected), self.settings.temperature, mask)
             losses.append(self.settings.logits * distance)
         tokens = _attended(keywords)
+        weight = self.settings.feature_weight / max(len(self.features), 1)
         for name in self.features:
             wanted, found = self._outputs.pop(name, []), features.get(name, [])
             if len(wanted) != len(found):
@@ -109,7 +110,7 @@ class FrozenOriginal:
                     f"evaluation (layer dropout?), or name other features."
                 )
             pairs = zip(wanted, found, strict=True)
-            losses += [self.settings.feature_weight * relative_distance(t, s, tokens) for t, s in pairs]
+            losses += [weight * relative_distance(t, s, tokens) for t, s in pairs]
         return sum_of(losses)
 
     def follow(self, device: torch.device) -> None:

@@ -592,8 +592,11 @@ class Transition:
                 else (rule.compressor,)
             )
             for stage, compressor in enumerate(stages):
-                following = [pair for site in sites for pair in site.following(stage)]
-                selected = [(site, *pair) for site in sites for pair in site.selected(stage)]
+                # Asking every site for its weights costs more than most techniques' step of the clock.
+                renews = type(compressor).update is not WeightCompressor.update
+                follows = type(compressor).update_after_another is not WeightCompressor.update_after_another
+                following = [pair for site in sites for pair in site.following(stage)] if follows else []
+                selected = [(site, *pair) for site in sites for pair in site.selected(stage)] if renews else []
                 if not selected and not following:
                     continue
                 settled = self._is_settled(number, stage, self._step)

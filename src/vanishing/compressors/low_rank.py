@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vanishing.blend import BlendedWeight
+from vanishing.blended_weight import BlendedWeight
 from vanishing.calibration import InputMoments, Observer
 from vanishing.compressors.base import Beta, CompressedWeight, LayerView, Moment, WeightCompressor
 from vanishing.distributed import whole
