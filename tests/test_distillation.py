@@ -878,7 +878,7 @@ def test_a_compiled_model_compares_what_has_an_original_left(step: int) -> None:
 
 
 def test_factors_that_a_resumed_run_loads_are_compared() -> None:
-    windows = [LinearSchedule(steps=2), LinearSchedule(steps=4, start=2)]
+    windows = (LinearSchedule(steps=2), LinearSchedule(steps=4, start=2))
     rule = Rule(LowRank(energy=0.9) | Quantization(bits=4), schedules=windows)
     losses, state = [], None
     for seed in (0, 1):

@@ -182,6 +182,20 @@ def train(way: str, technique: str, folder: Path, rank: int, processes: int) -> 
     return finish_gathered(transition, build), losses
 
 
+def refuse() -> None:
+    """See that what cannot be compared is refused."""
+    model = build()
+    rules = TECHNIQUES["learned_inputs"]
+    recipe = vanishing.Recipe(rules, schedule=LinearSchedule(steps=6), distillation=LocalLoss())
+    transition = vanishing.prepare(model, recipe, calibration=batches()[:2])
+    for block in model[:2]:
+        fully_shard(block)
+    fully_shard(model)
+    model(batches()[0][0])
+    with pytest.raises(TransitionError, match=r"'0.feed_forward.0' quantizes its input and its weight is spread"):
+        transition.auxiliary_loss()
+
+
 def main() -> None:
     folder, way = Path(sys.argv[1]), sys.argv[2]
     rank, processes = int(sys.argv[3]), int(sys.argv[4])
@@ -195,6 +209,8 @@ def main() -> None:
         if model is not None and rank == 0:
             vanishing.save(model, folder / f"{way}-{technique}")
             (folder / f"{way}-{technique}.json").write_text(json.dumps(losses))
+    if way == "fsdp2":
+        refuse()
     if processes > 1:
         dist.destroy_process_group()
 
