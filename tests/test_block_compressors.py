@@ -195,6 +195,7 @@ def test_a_skipped_block_of_a_resnet_passes_on_what_it_gets() -> None:
         (ARCHITECTURES["t5"].build, "encoder.block.0", "so it is not known as a residual block"),
         (mlp, "0", "so it is not known as a residual block"),
         (mlp, "1", "so it is not known as a residual block"),
+        (ARCHITECTURES["bert"].build, "*", "would take out every residual block, 2 modules"),
     ],
 )  # fmt: skip
 def test_what_is_no_residual_block_is_not_skipped(build: Callable[[], nn.Module], key: str, reason: str) -> None:

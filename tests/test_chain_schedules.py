@@ -235,7 +235,7 @@ def test_structured_then_the_others_in_windows_of_their_own(tmp_path: Path) -> N
     [
         (CHAINS["pruned_binary"], WINDOWS, "got 3 for 2"),
         (CHAINS["pruned_binary"], WINDOWS[:1], "got 1 for 2"),
-        (Binary(), WINDOWS[:1], "one schedule for each technique of a chain"),
+        (Binary(), WINDOWS[:1], r"Binary\(\) is one technique. Use `schedule`"),
         (CHAINS["pruned_binary"], (Binary(), Binary()), "schedules"),
     ],
 )

@@ -56,12 +56,15 @@ class Rule(Config):
             return
         if self.schedule is not None:
             raise ConfigError("Rule(schedule=..., schedules=...): a rule takes one of the two. Drop the other.")
-        if not isinstance(self.compressor, Chain) or len(self.compressor.compressors) != len(self.schedules):
-            count = len(self.compressor.compressors) if isinstance(self.compressor, Chain) else 1
+        if not isinstance(self.compressor, Chain):
             raise ConfigError(
-                f"Rule(schedules=...): expected one schedule for each technique of a chain such as "
-                f"MagnitudePruning(0.5) | Quantization(bits=4), got {len(self.schedules)} for {count}, "
-                f"{self.compressor!r}. Correct their number, or use `schedule`."
+                f"Rule(schedules=...) is for a chain such as MagnitudePruning(0.5) | Quantization(bits=4), and "
+                f"{self.compressor!r} is one technique. Use `schedule`."
+            )
+        if len(self.compressor.compressors) != len(self.schedules):
+            raise ConfigError(
+                f"Rule(schedules=...): expected one schedule for each technique of a chain, got {len(self.schedules)} "
+                f"for {len(self.compressor.compressors)}, {self.compressor!r}. Correct their number, or use `schedule`."
             )
 
     def resolved(self, length: int) -> Rule:

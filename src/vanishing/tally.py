@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from vanishing.compressors import SkipBlock
 from vanishing.patterns import Glob, OfType, Pattern, Regex, nearest, type_name
 from vanishing.recipe import Rule
 
@@ -33,7 +34,7 @@ class Tally:
 
 
 def rule_problem(pattern: Pattern, rule: Rule, tally: Tally, modules: Iterable[tuple[str, nn.Module]]) -> str | None:
-    """Return what is wrong with a rule that takes nothing, None where it takes something.
+    """Return what is wrong with a rule that takes nothing, or far more than anybody means, None where nothing is.
 
     Args:
         pattern: the rule's key.
@@ -42,6 +43,11 @@ def rule_problem(pattern: Pattern, rule: Rule, tally: Tally, modules: Iterable[t
         modules: all modules of the model, by name.
     """
     if tally.taken:
+        if isinstance(rule.compressor, SkipBlock) and pattern.text == repr("*"):
+            return (
+                f"'*' with {rule.compressor!r} would take out every residual block, {_counted(tally.taken)}. Name "
+                f"those that can be missed, as in '*.layer.[3-5]'."
+            )
         return None
     if not tally.matched:
         return f"nothing matched {pattern.text}.{nearest_names(pattern, modules)} Recipe.match(model) lists all layers."
