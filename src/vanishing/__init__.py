@@ -30,6 +30,7 @@ from vanishing.errors import ConfigError, FileError, RecipeError, TransitionErro
 from vanishing.granularity import NM, Global, PerChannel, PerGroup, PerTensor
 from vanishing.layers import Split
 from vanishing.memory import MemoryEstimate, estimate_memory
+from vanishing.preparation import prepare
 from vanishing.recipe import Recipe, Rule
 from vanishing.schedules import (
     Adaptive,
@@ -44,7 +45,7 @@ from vanishing.schedules import (
 )
 from vanishing.serialization import load, save
 from vanishing.summary import Size, Summary, SummaryRow, summary
-from vanishing.transition import Transition, prepare
+from vanishing.transition import Transition
 
 __all__ = [
     "prepare",

@@ -88,6 +88,63 @@ class Drive:
         return self.schedule.clock(step, sum(min(stop, step) - start for start, stop in self.slow if start < step))
 
 
+class Timetable:
+    """When what fades: the schedules and ramps of a recipe, over all that they drive.
+
+    Args:
+        recipe: with all lengths known.
+        sites: the places in the model's order.
+
+    Attributes:
+        groups: see `make_drives`.
+        adaptive: the drives that have a state.
+    """
+
+    def __init__(self, recipe: Recipe, sites: Sequence[Site]) -> None:
+        self.groups = make_drives(recipe, sites)
+        drives = [drive for group in self.groups for drive in group]
+        self.adaptive = [drive for drive in drives if isinstance(drive.schedule, Adaptive)]
+        self._driven_by = {(site.rule, stage): drive for drive in drives for site, stage in drive.targets}
+        self._ramps = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
+        self._sites = sites
+
+    def beta(self, step: int) -> float:
+        """Return the largest beta of the recipe's own schedule at a step."""
+        return self.groups[0][0].largest(step)
+
+    def betas(self, step: int) -> dict[str, tuple[float, ...]]:
+        """Return every beta at a step, those of the stages of one place in their order, by full name."""
+        found: dict[str, tuple[float, ...]] = {}
+        for group in self.groups:
+            # Layers of one name have one beta, and drives of a group are in the order of the techniques.
+            by_stage = [
+                {site.name: beta for (site, _), beta in zip(drive.targets, drive.betas(step), strict=True)}
+                for drive in group
+            ]
+            found |= {name: tuple(betas[name] for betas in by_stage) for name in by_stage[0]}
+        return {site.name: found[site.name] for site in self._sites}
+
+    def by_target(self, rule: int, stage: int, step: int) -> dict[Target, float]:
+        """Return beta at a step of all that the schedule of a rule's stage drives."""
+        return self._driven_by[rule, stage].by_target(step)
+
+    def end(self, step: int) -> int:
+        """Return the first step at which all is over, as known at a step; see `Drive.end`."""
+        ramps = [ramp for number in {site.rule for site in self._sites} if (ramp := self._ramps[number]) is not None]
+        drives = [drive for group in self.groups for drive in group if drive.targets]
+        return max((*(drive.end(step) for drive in drives), *(ramp.end for ramp in ramps)), default=0)
+
+    def is_settled(self, rule: int, stage: int, step: int) -> bool:
+        """Whether the fade and the ramp of a rule's stage are over at a step."""
+        ramp = self._ramps[rule]
+        return self._driven_by[rule, stage].is_over(step) and (ramp is None or step >= ramp.end)
+
+    def strengths(self, step: int) -> dict[tuple[int, int], tuple[float, bool]]:
+        """Return of each stage of each rule at a step how much of it is applied, and whether it is settled."""
+        ramped = [1.0 if ramp is None else 1.0 - ramp(step) for ramp in self._ramps]
+        return {(rule, stage): (ramped[rule], self.is_settled(rule, stage, step)) for rule, stage in self._driven_by}
+
+
 def make_drives(recipe: Recipe, sites: Sequence[Site]) -> list[list[Drive]]:
     """Return the drives of a recipe: first, alone, that of its own schedule, then those of each rule with its own.
 

@@ -16,104 +16,25 @@ from torch.optim import Optimizer
 
 from vanishing.auxiliary import AuxiliaryLoss
 from vanishing.batchnorm import reestimate_batchnorm, tried_out
-from vanishing.calibration import Calibration, calibrate
-from vanishing.compressors import Chain, Compressor, Moment, WeightCompressor
 from vanishing.distillation import Distillation
-from vanishing.distributed import agreed, is_distributed, is_sharded
-from vanishing.drives import Drive, make_drives
+from vanishing.distributed import agreed, is_sharded
+from vanishing.drives import Drive, Timetable
 from vanishing.equality import difference_beyond_rounding
-from vanishing.errors import RecipeError, TransitionError
+from vanishing.errors import TransitionError
+from vanishing.idle import drop_idle_gradients, freeze_originals
 from vanishing.inputs import call
-from vanishing.optimizers import OptimizerWatch, exchange, held_ids, join, leave, unheld_problems
+from vanishing.optimizers import OptimizerWatch, exchange, held_ids, join, leave
 from vanishing.places import Places
-from vanishing.plan import Plan, make_plan
+from vanishing.plan import Plan
 from vanishing.pulls import add_pulls
-from vanishing.random_state import random_state_restored_on_error
 from vanishing.receipt import FinishedLayer, Receipt, extend_receipt
 from vanishing.recipe import Recipe
-from vanishing.schedules import Adaptive, LinearSchedule, Schedule
-from vanishing.sites import Site, StructureSite, WeightSite, build_block_sites, build_weight_site
+from vanishing.renewal import renew
+from vanishing.sites import Site, StructureSite, WeightSite, build_weight_site
 from vanishing.teacher import FrozenOriginal
 
 _WHOLE_MODEL_TOLERANCE = 1e-4
 _ANY_LENGTH = 10**9
-
-
-def prepare(
-    model: nn.Module,
-    recipe: Recipe | Compressor,
-    *,
-    steps: int | str | None = None,
-    ignore: Iterable[Any] = (),
-    optimizer: Optimizer | None = None,
-    example_inputs: Any = None,
-    calibration: Iterable[Any] | Calibration | None = None,
-) -> Transition:
-    """Change a model in place so that its original form fades into a compressed one while it is trained.
-
-    At this point (beta = 1) the model computes what it computed before, bit for bit.
-
-    Args:
-        model: any module; its parameters keep their identity.
-        recipe: a recipe, or one technique for every linear and convolution layer.
-        steps: with a single technique, the length of its linear fade in optimizer steps, or as a share of the training
-            ("40%"), whose length a framework's callback or `Transition.set_length` gives.
-        ignore: with a single technique, keys of modules to leave alone, as in `Recipe`.
-        optimizer: an optimizer that was made for the model already; new parameters join the group of the weight they
-            come from, and at the end those that are gone leave it. Not needed if the optimizer is made afterwards.
-        example_inputs: one batch for the model (a tensor, a tuple of arguments or a mapping of keywords); with it the
-            whole model is tried between the two forms now, and compared before and after `finish`.
-        calibration: batches for techniques that look at activations or gradients (each a tensor, a tuple or list whose
-            first item is the input, or a mapping of keywords), gone through once, in evaluation mode; or a
-            `Calibration`, which has a loss too.
-
-    Returns:
-        The transition, at step 0.
-
-    Raises:
-        RecipeError: the recipe does not fit the model; every problem is listed and nothing was changed.
-        TransitionError: a replacement does not return for the example inputs what its block does; nothing was changed.
-        TypeError: arguments of the wrong type, or that contradict each other.
-
-    >>> from vanishing import MagnitudePruning
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    >>> transition = prepare(model, MagnitudePruning(sparsity=0.5), steps=10, ignore=["2"])
-    >>> transition.beta
-    1.0
-    """
-    resolved = _resolve_recipe(recipe, steps, ignore)
-    plan = make_plan(model, resolved)
-    observed = plan.observed()
-    if calibration is not None and not observed:
-        plan.problems.append("calibration batches were given, but no technique of the recipe looks at activations.")
-    if observed and calibration is None:
-        plan.problems.append(
-            f"the technique for {observed[0].name!r} looks at batches, and none were given. Call "
-            f"prepare(..., calibration=batches) with some of the training data."
-        )
-    if optimizer is not None:
-        plan.problems += unheld_problems(optimizer, plan.places())
-    with random_state_restored_on_error():
-        blocks = build_block_sites(plan)
-        plan.check()
-        if observed and calibration is not None:
-            given = calibration if isinstance(calibration, Calibration) else Calibration(batches=calibration)
-            calibrate(model, observed, given)
-            for block in blocks:
-                block.calibrate()
-        return begin(model, plan, resolved, blocks, optimizer, example_inputs, distillation=resolved.distillation)
-
-
-def prepare_for_state(model: nn.Module, recipe: Recipe) -> Transition:
-    """Change a model as `prepare` does, for a state of a calibrated model in transition that is then loaded into it.
-
-    No batches are needed: what techniques took from them is in the state. It has no teacher: it is not trained.
-    """
-    plan = make_plan(model, recipe)
-    with random_state_restored_on_error():
-        blocks = build_block_sites(plan)
-        plan.check()
-        return begin(model, plan, recipe, blocks, None, None, distillation=())
 
 
 def begin(
@@ -148,18 +69,6 @@ def begin(
     return transition
 
 
-def _resolve_recipe(recipe: Recipe | Compressor, steps: int | str | None, ignore: Iterable[Any]) -> Recipe:
-    if isinstance(recipe, Recipe):
-        if steps is not None or ignore:
-            raise TypeError("prepare: a Recipe holds its own schedule and ignore. Set them there, not in prepare.")
-        return recipe
-    if not isinstance(recipe, Compressor):
-        raise TypeError(f"prepare: expected a Recipe or a compressor such as LowRank(rank=16), got {recipe!r}.")
-    if steps is None:
-        raise TypeError(f"prepare: {recipe!r} needs steps=, the length of its fade in optimizer steps.")
-    return Recipe({"*": recipe}, ignore=ignore, schedule=LinearSchedule(steps=steps))
-
-
 class Transition:
     """What `prepare` changed in a model, and the clock that drives it: the number of optimizer steps.
 
@@ -176,7 +85,7 @@ class Transition:
         places = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
         self._in_model_order = sorted(sites, key=lambda site: places[site.name])
         # At the first step the length of the training makes no difference.
-        self._set_schedules(recipe.resolved(_ANY_LENGTH))
+        self._timetable = Timetable(recipe.resolved(_ANY_LENGTH), self._in_model_order)
         self._ended: str | None = None
         self._frozen: list[nn.Parameter] = []
         self._auxiliary: AuxiliaryLoss | None = None
@@ -198,7 +107,7 @@ class Transition:
 
         Where that schedule has layers fade one after another it is the largest of their shares.
         """
-        return self._last_beta if self._ended is not None else self._drives[0][0].largest(self._step)
+        return self._last_beta if self._ended is not None else self._timetable.beta(self._step)
 
     @property
     def betas(self) -> dict[str, tuple[float, ...]]:
@@ -206,15 +115,7 @@ class Transition:
 
         Several where the techniques of a chain have schedules of their own, in their order; empty at the end.
         """
-        found: dict[str, tuple[float, ...]] = {}
-        for group in self._drives:
-            # Layers of one name have one beta, and drives of a group are in the order of the techniques.
-            by_stage = [
-                {site.name: beta for (site, _), beta in zip(drive.targets, drive.betas(self._step), strict=True)}
-                for drive in group
-            ]
-            found |= {name: tuple(betas[name] for betas in by_stage) for name in by_stage[0]}
-        return {site.name: found[site.name] for site in self._in_model_order}
+        return self._timetable.betas(self._step)
 
     @property
     def end(self) -> int:
@@ -222,11 +123,7 @@ class Transition:
 
         Until it is over an adaptive schedule counts as if it took until its deadline.
         """
-        if self._ended is not None:
-            return self._last_end
-        ramps = [ramp for number in {site.rule for site in self._sites} if (ramp := self._ramps[number]) is not None]
-        drives = [drive for group in self._drives for drive in group if drive.targets]
-        return max((*(drive.end(self._step) for drive in drives), *(ramp.end for ramp in ramps)), default=0)
+        return self._last_end if self._ended is not None else self._timetable.end(self._step)
 
     def set_length(self, steps: int) -> None:
         """Give the training's length, which schedules such as `LinearSchedule(steps="40%")` are a share of.
@@ -251,7 +148,7 @@ class Transition:
                 f"set_length({steps}): the training is under way, laid out for another length. Give it at step 0."
             )
         self.recipe = recipe
-        self._set_schedules(recipe)
+        self._timetable = Timetable(recipe, self._in_model_order)
         self._set_strengths()
         self._set_betas()
 
@@ -339,7 +236,7 @@ class Transition:
         state it gives an exact resume.
         """
         state = {"steps_done": self._step, "recipe": json.dumps(self.recipe.to_dict())}
-        slow = [[list(span) for span in drive.slow] for drive in self._adaptive()]
+        slow = [[list(span) for span in drive.slow] for drive in self._timetable.adaptive]
         state |= {"slow": slow} if slow else {}
         return state | ({} if self._teacher is None else {"teacher": self._teacher.fingerprint})
 
@@ -366,8 +263,8 @@ class Transition:
                 "the state was saved with another teacher: that is the model as it is given to prepare. To resume, "
                 "build it with the original weights that it had then, call prepare, and load the states after that."
             )
-        decided = _decided(state.get("slow", []), len(self._adaptive()))
-        for drive, slow in zip(self._adaptive(), decided, strict=True):
+        decided = _decided(state.get("slow", []), len(self._timetable.adaptive))
+        for drive, slow in zip(self._timetable.adaptive, decided, strict=True):
             drive.slow = slow
         self._step = state["steps_done"]
         self._set_strengths()
@@ -448,7 +345,7 @@ class Transition:
             undo.callback(self._close, "refused")
             if self.recipe.freeze_original:
                 undo.callback(self._thaw_originals)
-                self._freeze_originals()
+                self._frozen = freeze_originals(self.model, self._sites)
             auxiliary = AuxiliaryLoss(self.model, distillation, self._sites)
             places = Places(self.model)
             for site in self._sites:
@@ -459,7 +356,7 @@ class Transition:
             undo.callback(auxiliary.detach)
             self._set_strengths()
             self._set_betas()
-            self._update(arriving=True)
+            renew(self.recipe, self._sites, self._timetable, self._step, previous=None, arriving=True)
             # Between the forms, where both run and their shapes must agree, and with nothing left of the original.
             for beta in (0.5, 0.0):
                 with self._overridden(beta):
@@ -475,50 +372,9 @@ class Transition:
     def _teacher(self) -> FrozenOriginal | None:
         return None if self._auxiliary is None else self._auxiliary.teacher
 
-    def _freeze_originals(self) -> None:
-        """Stop training what only original forms have.
-
-        Raises:
-            RecipeError: there is nothing of that kind, or nothing else is trained.
-        """
-        running = self._parameters_outside(self._sites)
-        mine = [p for site in self._sites for p in site.replaced_parameters]
-        weights = [p for site in self._sites if isinstance(site, WeightSite) for p in site.replaced_parameters]
-        shared = running - {id(p) for p in weights}
-        self._frozen = [p for p in mine if p.requires_grad and id(p) not in shared]
-        if not self._frozen:
-            raise RecipeError(
-                "freeze_original: every technique of the recipe shares the original's weights, so none is left to "
-                "freeze. Leave it out."
-            )
-        frozen = {id(p) for p in self._frozen}
-        new = {id(p) for site in self._sites for p in site.new_parameters}
-        if not any(p.requires_grad and id(p) not in frozen | new for p in self.model.parameters()):
-            raise RecipeError(
-                "freeze_original: nothing of the model would be trained while beta is 1. Leave it out, or leave a "
-                "layer, its bias or the head in training."
-            )
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
-
     def _thaw_originals(self) -> None:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-
-    def _parameters_outside(self, sites: Iterable[Site]) -> set[int]:
-        """Identities of the parameters that modules outside of the replaced blocks among these sites have."""
-        inside = {id(m) for site in sites if not isinstance(site, WeightSite) for m in site.blend.modules()}
-        outside = (module for module in self.model.modules() if id(module) not in inside)
-        return {id(p) for module in outside for p in module.parameters(recurse=False)}
-
-    def _set_schedules(self, recipe: Recipe) -> None:
-        self._drives = make_drives(recipe, self._in_model_order)
-        drives = [(target, drive) for group in self._drives for drive in group for target in drive.targets]
-        self._driven_by = {(site.rule, stage): drive for (site, stage), drive in drives}
-        self._ramps: list[Schedule | None] = [rule.ramp or recipe.ramp for _, rule in recipe.rules]
-
-    def _adaptive(self) -> list[Drive]:
-        return [drive for group in self._drives for drive in group if isinstance(drive.schedule, Adaptive)]
 
     def _gap(self, sites: Iterable[Site]) -> float | None:
         # A factor's weight, on which another technique fades, is measured as it will be.
@@ -544,28 +400,23 @@ class Transition:
         previous, self._step = self._step, step
         if step == previous:
             return
-        if self._strengths(step) != self._strengths(previous):
+        if self._timetable.strengths(step) != self._timetable.strengths(previous):
             self._set_strengths()
         self._set_betas()
-        self._update(arriving=abs(step - previous) > 1, previous=previous)
+        renew(self.recipe, self._sites, self._timetable, step, previous=previous, arriving=abs(step - previous) > 1)
         if decide and step == previous + 1:
-            for drive in self._adaptive():
+            for drive in self._timetable.adaptive:
                 drive.decide(step, functools.partial(self._measure, drive))
 
-    def _strengths(self, step: int) -> dict[tuple[int, int], tuple[float, bool]]:
-        """Of each stage of each rule at a step: how much of it is applied, and whether fade and ramp are over."""
-        ramped = [1.0 if ramp is None else 1.0 - ramp(step) for ramp in self._ramps]
-        return {(rule, stage): (ramped[rule], self._is_settled(rule, stage, step)) for rule, stage in self._driven_by}
-
     def _set_strengths(self) -> None:
-        strengths = self._strengths(self._step)
+        strengths = self._timetable.strengths(self._step)
         for site in self._sites:
             for stage in range(len(site.stages)):
                 for form in site.forms(stage):
                     form.strength, form.settled = strengths[site.rule, stage]
 
     def _set_betas(self) -> None:
-        for group in self._drives:
+        for group in self._timetable.groups:
             # Compiled graphs of a group run its originals until the last of them is gone.
             fading = self._override != 0.0 and not all(drive.is_over(self._step) for drive in group)
             fading = fading or self._override == 1.0
@@ -575,42 +426,6 @@ class Transition:
                         blend.set_beta(beta if self._override is None else self._override, fading=fading)
         if self._auxiliary is not None:
             self._auxiliary.set_step(self._step)
-
-    def _is_settled(self, rule: int, stage: int, step: int) -> bool:
-        ramp = self._ramps[rule]
-        return self._driven_by[rule, stage].is_over(step) and (ramp is None or step >= ramp.end)
-
-    @torch.no_grad()
-    def _update(self, *, arriving: bool, previous: int | None = None) -> None:
-        for number, (_, rule) in enumerate(self.recipe.rules):
-            sites = [s for s in self._sites if s.rule == number and isinstance(s, WeightSite)]
-            if not sites or not isinstance(rule.compressor, WeightCompressor):
-                continue
-            stages = (
-                rule.compressor.compressors
-                if rule.schedules and isinstance(rule.compressor, Chain)
-                else (rule.compressor,)
-            )
-            for stage, compressor in enumerate(stages):
-                # Asking every site for its weights costs more than most techniques' step of the clock.
-                renews = type(compressor).update is not WeightCompressor.update
-                follows = type(compressor).update_after_another is not WeightCompressor.update_after_another
-                following = [pair for site in sites for pair in site.following(stage)] if follows else []
-                selected = [(site, *pair) for site in sites for pair in site.selected(stage)] if renews else []
-                if not selected and not following:
-                    continue
-                settled = self._is_settled(number, stage, self._step)
-                was_settled = previous is not None and self._is_settled(number, stage, previous)
-                just_settled = settled and previous is not None and not was_settled
-                strength, _ = self._strengths(self._step)[number, stage]
-                betas = self._driven_by[number, stage].by_target(self._step)
-                left = tuple(1.0 - (1.0 - betas[site, stage]) * strength for site, *_ in selected)
-                moment = Moment(self._step, arriving or just_settled, settled, was_settled, left)
-                if selected:
-                    compressor.update([form for _, form, _ in selected], [weight for *_, weight in selected], moment)
-                if following:
-                    forms, seen = [form for form, _ in following], [weight for _, weight in following]
-                    compressor.update_after_another(forms, seen, moment)
 
     @contextlib.contextmanager
     def _overridden(self, beta: float) -> Iterator[None]:
@@ -639,7 +454,8 @@ class Transition:
         self._last_end, self._last_beta = self.end, self.beta
         if self._auxiliary is not None:
             self._auxiliary.detach()
-        self._sites, self._in_model_order, self._drives, self._driven_by = [], [], [], {}
+        self._sites, self._in_model_order = [], []
+        self._timetable = Timetable(self.recipe.resolved(_ANY_LENGTH), [])
         self._auxiliary = None
         self._ended = how
         self._optimizers.close()
@@ -670,21 +486,8 @@ class Transition:
 
     def _complete_gradients(self, optimizer: Optimizer) -> None:
         """Before a step of an optimizer, when the gradients are there."""
-        self._drop_idle_gradients()
+        drop_idle_gradients(self.model, self._sites)
         add_pulls((each for site in self._sites for each in site.pulled_weights()), optimizer)
-
-    def _drop_idle_gradients(self) -> None:
-        """Leave parameters of the form that does not run without a gradient, not with the zeros of `with_idle`."""
-        if not is_distributed():
-            return
-        idle = [p for site in self._sites if isinstance(site, WeightSite) for p in site.idle_parameters]
-        blocks = [site for site in self._sites if not isinstance(site, WeightSite) and site.idle_parameters]
-        if blocks:
-            # A block may share parameters with what is outside of it and runs.
-            running = self._parameters_outside(blocks)
-            idle += [p for site in blocks for p in site.idle_parameters if id(p) not in running]
-        for parameter in idle:
-            parameter.grad = None
 
     def _check_optimizers(self) -> None:
         """Raise if the optimizers that trained the model do not hold what is new in it."""

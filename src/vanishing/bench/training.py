@@ -13,8 +13,9 @@ from vanishing.bench.arms import Arm
 from vanishing.bench.tasks import Task
 from vanishing.calibration import Calibration
 from vanishing.compressors import Compressor
+from vanishing.preparation import prepare
 from vanishing.serialization import load, save
-from vanishing.transition import Transition, prepare
+from vanishing.transition import Transition
 
 
 @dataclass(frozen=True)

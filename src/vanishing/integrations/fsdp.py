@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from vanishing.errors import TransitionError
-from vanishing.transition import Transition, prepare_for_state
+from vanishing.preparation import prepare_for_state
+from vanishing.transition import Transition
 
 
 def finish_gathered(transition: Transition, build: Callable[[], nn.Module]) -> nn.Module | None:

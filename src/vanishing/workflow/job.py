@@ -19,10 +19,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vanishing.errors import VanishingError
+from vanishing.preparation import prepare
 from vanishing.recipe import Recipe
 from vanishing.serialization import save
 from vanishing.summary import Summary, summary
-from vanishing.transition import Transition, prepare
+from vanishing.transition import Transition
 from vanishing.workflow.data import class_names, find_columns, find_labels, read_splits
 from vanishing.workflow.disk import (
     SETTINGS,
