@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from paired import write_record
-from real_tasks import TASKS, RealTask
+from real_tasks import TASKS, RealTask, accuracies_of, training_options
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -74,12 +74,8 @@ def main() -> None:
             start = starts(options.sparsity, options.rank)[name]
             runs = [_run(real, seed, state, start, arm, Path(folder) / "small", on_step) for seed in options.seeds]
             before = summarize([curve[0].shipped for _, curve in runs])
-            accuracies = [outcome.accuracy for outcome, _ in runs]
-            each = "  ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
-            print(
-                f"{name:30} {arm.name:10} {percent(before):>12} -> {percent(summarize(accuracies)):>12} %   {each}",
-                flush=True,
-            )
+            after = accuracies_of([outcome for outcome, _ in runs])
+            print(f"{name:30} {arm.name:10} {percent(before):>12} -> {after}", flush=True)
             record[f"{name}, {arm.name}"] = [[asdict(outcome), [asdict(p) for p in curve]] for outcome, curve in runs]
     write_record(options, {"dense": asdict(dense), "runs": record})
 
@@ -99,17 +95,13 @@ def _run(
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training_options(__doc__)
     parser.add_argument("--task", choices=list(TASKS), default="r8")
     names = list(starts(0.9, 16))
     parser.add_argument("--starts", nargs="+", choices=names, default=names, metavar="START", help=", ".join(names))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="strategies (default: both)")
     parser.add_argument("--sparsity", type=float, default=0.9, help="share of zeros (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="of the factors (default: %(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
-    parser.set_defaults(device="cpu")
     return parser.parse_args()
 
 

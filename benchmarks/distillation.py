@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from paired import Ratios, machine, time_pairs, write_record
-from real_tasks import TASKS, RealTask
+from real_tasks import TASKS, RealTask, accuracies_of, training_options
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -30,10 +30,8 @@ from torch import Tensor
 import vanishing
 from vanishing import LocalLoss, LowRank, MagnitudePruning, Teacher
 from vanishing.bench.arms import VCON, Arm
-from vanishing.bench.statistics import summarize
 from vanishing.bench.tasks import Examples
 from vanishing.bench.training import Budget, fine_tune, train_dense
-from vanishing.bench.wording import percent
 
 FADE = 1_000_000
 """Optimizer steps of the fade in which steps are timed: beta hardly moves in it."""
@@ -76,9 +74,7 @@ def measure(name: str, options: argparse.Namespace, folder: Path, on_step: Calla
     for (technique, compressor), (learned, arm) in itertools.product(techniques.items(), chosen.items()):
         tasks = [real.at(seed) for seed in options.seeds]
         runs = [fine_tune(task, state, compressor, arm, real.budget, folder / "small", on_step) for task in tasks]
-        accuracies = [outcome.accuracy for outcome, _ in runs]
-        each = "  ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
-        print(f"{name}: {technique:9} {learned:7} {percent(summarize(accuracies)):>12} %   {each}", flush=True)
+        print(f"{name}: {technique:9} {learned:7} {accuracies_of([outcome for outcome, _ in runs])}", flush=True)
         record[f"{technique}, {learned}"] = [asdict(outcome) for outcome, _ in runs]
     if options.pairs:
         print(f"{name}: {'step against one without':36}{Ratios.titles('none ms', 'this ms')}")
@@ -128,7 +124,7 @@ def _short(budget: Budget, options: argparse.Namespace) -> Budget:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training_options(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, default=TECHNIQUES)
     parser.add_argument("--learn-from", nargs="+", choices=WAYS, default=WAYS)
@@ -137,13 +133,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--local", type=float, default=1.0, help="weight of the local loss (default: %(default)s)")
     parser.add_argument("--logits", type=float, default=1.0, help="weight of the teacher's loss (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=2.0, help="of the teacher (default: %(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
     parser.add_argument("--steps", type=int, help="optimizer steps of every training, for a short run")
     parser.add_argument("--pairs", type=int, default=40, help="measured pairs of steps (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=3, help="pairs of steps before (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
-    parser.set_defaults(device="cpu")
     return parser.parse_args()
 
 

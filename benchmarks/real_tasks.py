@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from vanishing.bench.statistics import summarize
 from vanishing.bench.tasks import Examples, Task
-from vanishing.bench.training import Budget
+from vanishing.bench.training import Budget, Outcome
+from vanishing.bench.wording import percent
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from fashion_mnist import read_fashion_mnist
@@ -129,3 +132,20 @@ def fashion() -> RealTask:
 
 
 TASKS: dict[str, Callable[[], RealTask]] = {"r8": r8, "fashion": fashion}
+
+
+def training_options(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that knows the seeds, the threads and the file of a benchmark that trains."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
+    parser.set_defaults(device="cpu")
+    return parser
+
+
+def accuracies_of(outcomes: Sequence[Outcome]) -> str:
+    """Return test accuracies in words: mean and standard deviation in percent, then each."""
+    accuracies = [outcome.accuracy for outcome in outcomes]
+    each = "  ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
+    return f"{percent(summarize(accuracies)):>12} %   {each}"

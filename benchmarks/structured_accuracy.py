@@ -17,15 +17,13 @@ from pathlib import Path
 
 import torch
 from paired import write_record
-from real_tasks import TASKS
+from real_tasks import TASKS, accuracies_of, training_options
 from rich.console import Console
 from rich.progress import Progress
 
 from vanishing import HeadPruning, WidthPruning
 from vanishing.bench.arms import POST_SHOT, VCON
-from vanishing.bench.statistics import summarize
 from vanishing.bench.training import fine_tune, train_dense
-from vanishing.bench.wording import percent
 
 ARMS = (POST_SHOT, VCON)
 
@@ -51,22 +49,16 @@ def measure(name: str, options: argparse.Namespace, folder: Path, on_step: Calla
     for arm in ARMS:
         tasks = [real.at(seed) for seed in options.seeds]
         runs = [fine_tune(task, state, rules, arm, real.budget, folder / arm.name, on_step) for task in tasks]
-        accuracies = [outcome.accuracy for outcome, _ in runs]
-        each = "  ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
-        print(f"{name}: {arm.name:10} {percent(summarize(accuracies)):>12} %   {each}   ", end="")
+        print(f"{name}: {arm.name:10} {accuracies_of([outcome for outcome, _ in runs])}   ", end="")
         print(f"{runs[0][0].file_bytes / 1e6:.2f} MB, without training {100 * runs[0][1][0].shipped:.2f} %", flush=True)
         record[arm.name] = [{"outcome": asdict(run), "curve": [asdict(point) for point in way]} for run, way in runs]
     return record
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training_options(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--share", type=float, default=0.5, help="of heads and hidden units (default: %(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="SEED")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
-    parser.set_defaults(device="cpu")
     return parser.parse_args()
 
 

@@ -169,7 +169,29 @@ def _own_gradients(model: nn.Module, wanted: bool) -> Iterator[None]:
             parameter.grad = gradient
 
 
-class InputMoments(Observer):
+class MeanObserver(Observer):
+    """A mean over positions or batches of what is added to it."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    @property
+    def saw_nothing(self) -> bool:
+        return self._count == 0
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The mean of what was added; None before any."""
+        return None if self._sum is None else self._sum / self._count
+
+    def _add(self, total: Tensor, count: int) -> None:
+        """Add a sum over some of what is counted."""
+        self._sum = total if self._sum is None else self._sum + total
+        self._count += count
+
+
+class InputMoments(MeanObserver):
     """The second moments of what a layer multiplies its weight with: the mean of `x x^T` over all positions.
 
     Args:
@@ -179,21 +201,16 @@ class InputMoments(Observer):
     """
 
     def __init__(self, module: nn.Module, kind: LayerKind, *, full: bool) -> None:
+        super().__init__()
         self._module = module
         self._kind = kind
         self._full = full
-        self._sum: Tensor | None = None
-        self._positions = 0
-
-    @property
-    def saw_nothing(self) -> bool:
-        return self._positions == 0
 
     @property
     def moments(self) -> Tensor:
         """The means: (groups, columns, columns), or (groups, columns) of the diagonal; of white inputs before any."""
-        if self._sum is not None:
-            return self._sum / self._positions
+        if (mean := self.mean) is not None:
+            return mean
         weight = self._module.get_parameter("weight")
         columns = weight.numel() // self._kind.layout(self._module, tuple(weight.shape)).rows
         ones = weight.new_ones(self._kind.groups(self._module), columns)
@@ -207,9 +224,7 @@ class InputMoments(Observer):
             rows = self._kind.input_rows(self._module, part)
             # Sums over many positions lose too much in half precision.
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            moments = rows.mT @ rows if self._full else rows.square().sum(1)
-            self._sum = moments if self._sum is None else self._sum + moments
-            self._positions += rows.shape[1]
+            self._add(rows.mT @ rows if self._full else rows.square().sum(1), rows.shape[1])
 
     def _parts(self, given: Tensor) -> Sequence[Tensor]:
         """The input in parts along its first dimension, small enough to be unfolded."""
@@ -220,7 +235,7 @@ class InputMoments(Observer):
         return given.split(max(_NUMBERS_AT_ONCE // each, 1))
 
 
-class GradientMagnitudes(Observer):
+class GradientMagnitudes(MeanObserver):
     """The mean over batches of the magnitude of a weight's gradient, in the weight's shape.
 
     Args:
@@ -230,21 +245,14 @@ class GradientMagnitudes(Observer):
     needs_gradients = True
 
     def __init__(self, weight: Tensor) -> None:
+        super().__init__()
         self._weight = weight
-        self._sum: Tensor | None = None
-        self._batches = 0
-
-    @property
-    def saw_nothing(self) -> bool:
-        return self._batches == 0
 
     @property
     def magnitudes(self) -> Tensor:
         """The means; ones before any."""
-        return torch.ones_like(self._weight) if self._sum is None else self._sum / self._batches
+        return torch.ones_like(self._weight) if (mean := self.mean) is None else mean
 
     def observe_gradients(self) -> None:
         if self._weight.grad is not None:
-            magnitudes = self._weight.grad.abs().to(torch.promote_types(self._weight.dtype, torch.float32))
-            self._sum = magnitudes if self._sum is None else self._sum + magnitudes
-            self._batches += 1
+            self._add(self._weight.grad.abs().to(torch.promote_types(self._weight.dtype, torch.float32)), 1)

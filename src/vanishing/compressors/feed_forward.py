@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vanishing.calibration import Observer
+from vanishing.calibration import MeanObserver, Observer
 from vanishing.compressors.base import BlockCompressor
 from vanishing.errors import ConfigError
 from vanishing.structure import Group, Unit, cut, find_groups
@@ -79,7 +79,7 @@ class NarrowFeedForward(BlockCompressor):
         return scores.topk(max(1, round(self.ratio * len(scores)))).indices.sort().values
 
 
-class HiddenUnits(Observer):
+class HiddenUnits(MeanObserver):
     """The second moments of the hidden units of a feed-forward block.
 
     Args:
@@ -87,22 +87,18 @@ class HiddenUnits(Observer):
     """
 
     def __init__(self, block: nn.Module) -> None:
+        super().__init__()
         group = _group_of(block)
         assert group is not None
         self.group = group
         self._block = block
-        self._sum: Tensor | None = None
-        self._positions = 0
-
-    @property
-    def saw_nothing(self) -> bool:
-        return self._positions == 0
 
     @property
     def moments(self) -> Tensor:
         """The mean of `h h^T` over all positions, (units, units)."""
-        assert self._sum is not None
-        return self._sum / self._positions
+        mean = self.mean
+        assert mean is not None
+        return mean
 
     def observe(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         handle = self.group.taker.layer.register_forward_pre_hook(self._look)
@@ -116,9 +112,7 @@ class HiddenUnits(Observer):
         units = inputs[0].flatten(0, -2)
         # Sums over many positions lose too much in less.
         units = units.to(torch.float64 if units.device.type != "mps" else torch.float32)
-        moments = units.T @ units
-        self._sum = moments if self._sum is None else self._sum + moments
-        self._positions += len(units)
+        self._add(units.T @ units, len(units))
 
 
 def _group_of(block: nn.Module) -> Group | None:
