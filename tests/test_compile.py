@@ -34,7 +34,7 @@ COMPRESSORS: dict[str, vanishing.Compressor] = {
     "pruned": MagnitudePruning(0.5),
     "pruned_exact_gradient": MagnitudePruning(0.5, gradient=Gradient.EXACT),
     "pruned_decaying": MagnitudePruning(0.5, gradient=Gradient.DECAYING, decay=0.1),
-    "3_bits_damped": Quantization(bits=3, damping=0.1),
+    "3_bits_asymmetric_damped": Quantization(bits=3, symmetric=False, damping=0.1),
     "binary": Binary(),
     "ternary": Ternary(),
     "4_bits": Quantization(bits=4, granularity=PerGroup(size=5)),
@@ -114,8 +114,8 @@ def test_a_transition_is_two_graphs_and_computes_the_same(name: str) -> None:
     expected, _ = run(COMPRESSORS[name], "*", torch.float64, compiled=False)
     got, graphs = run(COMPRESSORS[name], "*", torch.float64, compiled=True)
     assert graphs == 2
-    # beta is in single precision in a graph, and the largest weight of a quantizer's row lies between two codes.
-    tolerance = 1e-2 if "bits" in name else 1e-6
+    # beta is in single precision in a graph, and a symmetric quantizer has a row's largest weight between two codes.
+    tolerance = 1e-2 if "bits" in name and "asymmetric" not in name else 1e-6
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
@@ -196,7 +196,8 @@ def test_distillation_leaves_the_graphs_whole(
 def test_a_model_in_bfloat16_is_traced_too(name: str) -> None:
     got, graphs = run(COMPRESSORS[name], "*", torch.bfloat16, compiled=True)
     assert graphs == 2
-    assert all(tensor.dtype is torch.bfloat16 for tensor in got)
+    # The zero of a recipe without distillation, a scalar, is in single precision.
+    assert all(tensor.dtype is torch.bfloat16 for tensor in got if tensor.dim())
 
 
 @pytest.mark.slow
