@@ -251,9 +251,9 @@ def _comparison(model: nn.Module, passes: _Passes, weight: float) -> Comparison:
     def is_wanted() -> bool:
         return model.training and torch.is_grad_enabled()
 
-    def keep(original: Any, compressed: Any, counts: Tensor | None) -> None:
+    def keep(distance: Tensor, counts: Tensor | None) -> None:
         # Also where nobody will ask: activations that are computed again must be computed as they were.
-        distance = weight * relative_distance(original, compressed)
+        distance = weight * distance
         if counts is not None:
             distance = distance * counts
         current = passes.current
@@ -282,12 +282,12 @@ def _compare_forms(
             )
         arguments, keywords = tree_map(_constant, (arguments, keywords))
         if is_linear and len(fading) == 1 and module.parametrizations.weight[-1] is fading[0]:  # type: ignore[union-attr,index]
-            original, compressed = _from_difference(module, fading, arguments, keywords, output)
+            distance = _from_difference(module, fading, arguments, keywords, output)
         else:
             with torch.no_grad():
                 original = _alone(module, fading, Form.ORIGINAL, arguments, keywords)
-            compressed = _alone(module, fading, Form.COMPRESSED, arguments, keywords)
-        comparison.keep(original, compressed, _has_a_share(fading))
+            distance = relative_distance(original, _alone(module, fading, Form.COMPRESSED, arguments, keywords))
+        comparison.keep(distance, _has_a_share(fading))
 
     return compare
 
@@ -298,8 +298,8 @@ def _from_difference(
     arguments: tuple[Any, ...],
     keywords: dict[str, Any],
     output: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """What a linear layer computes with either form, from its output and one more product: d = f(x) - g(x).
+) -> Tensor:
+    """The relative distance of a linear layer's two forms, from its output and one more product: d = f(x) - g(x).
 
     The output is `beta f(x) + (1 - beta) g(x)`, so that `f(x) = output + (1 - beta) d`.
     """
@@ -311,8 +311,8 @@ def _from_difference(
         # It is in both forms, and must not learn. Channels come before the positions of a convolution.
         positions = getattr(module, "kernel_size", ())
         difference = difference - bias.reshape(-1, *[1] * len(positions))
-    original = output + (1 - blends[0].current_beta()) * difference.detach()
-    return original, original - difference
+    norm = (output + (1 - blends[0].current_beta()) * difference.detach()).square().sum()
+    return difference.square().sum() / norm.clamp(min=torch.finfo(precise).tiny)
 
 
 def _has_a_share(blends: Sequence[BlendedWeight]) -> Tensor | None:

@@ -19,12 +19,12 @@ class Comparison(NamedTuple):
 
     Args:
         is_wanted: whether the pass that is under way is such a one.
-        keep: takes what the original and what the compressed form have computed from the same inputs, and in a graph
-            that is compiled for every beta, whether the original has a share.
+        keep: takes how far what the compressed form has computed is from what the original has from the same inputs, a
+            scalar, and in a graph that is compiled for every beta, whether the original has a share.
     """
 
     is_wanted: Callable[[], bool]
-    keep: Callable[[Any, Any, Tensor | None], None]
+    keep: Callable[[Tensor, Tensor | None], None]
 
 
 class Form(Enum):

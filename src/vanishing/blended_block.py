@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from vanishing.blend import Blend, with_idle
 from vanishing.caches import SeparateCaches, cache_places, caches_among, check_alone
 from vanishing.compressors.base import Beta
+from vanishing.distillation import relative_distance
 from vanishing.errors import TransitionError
 from vanishing.outputs import blend_outputs, blend_tensors
 
@@ -64,7 +65,8 @@ class BlendedBlock(Blend):
         with contextlib.nullcontext() if separate is None else separate.of_replacement():
             replacement = self.replacement(*arguments, **keywords)
         if self.comparison is not None and self.comparison.is_wanted():
-            self.comparison.keep(original, replacement, self.beta_tensor > 0 if torch.compiler.is_compiling() else None)
+            has_a_share = self.beta_tensor > 0 if torch.compiler.is_compiling() else None
+            self.comparison.keep(relative_distance(original, replacement), has_a_share)
         if isinstance(beta, float) and beta == 1.0:
             return with_idle(original, self.replacement.parameters(), copy=True)
         return blend_outputs(original, replacement, beta, f"{self._name}(...)")

@@ -139,9 +139,14 @@ class Timetable:
         ramp = self._ramps[rule]
         return self._driven_by[rule, stage].is_over(step) and (ramp is None or step >= ramp.end)
 
+    def strength(self, rule: int, step: int) -> float:
+        """Return how much of a rule's technique is applied at a step."""
+        ramp = self._ramps[rule]
+        return 1.0 if ramp is None else 1.0 - ramp(step)
+
     def strengths(self, step: int) -> dict[tuple[int, int], tuple[float, bool]]:
         """Return of each stage of each rule at a step how much of it is applied, and whether it is settled."""
-        ramped = [1.0 if ramp is None else 1.0 - ramp(step) for ramp in self._ramps]
+        ramped = [self.strength(rule, step) for rule in range(len(self._ramps))]
         return {(rule, stage): (ramped[rule], self.is_settled(rule, stage, step)) for rule, stage in self._driven_by}
 
 

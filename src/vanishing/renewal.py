@@ -44,7 +44,7 @@ def renew(
             settled = timetable.is_settled(number, stage, step)
             was_settled = previous is not None and timetable.is_settled(number, stage, previous)
             just_settled = settled and previous is not None and not was_settled
-            strength, _ = timetable.strengths(step)[number, stage]
+            strength = timetable.strength(number, step)
             betas = timetable.by_target(number, stage, step)
             left = tuple(1.0 - (1.0 - betas[site, stage]) * strength for site, *_ in selected)
             moment = Moment(step, arriving or just_settled, settled, was_settled, left)
